@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test check format bench jobs constraints clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml infra/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "treadle needs Python 3.11 or newer: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e ".[dev,jobs]"
+	@touch $@
+
+demo: setup
+	$(BIN)/treadle demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+
+format: setup
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+# Slow suites: run by hand, their tables are recorded under tests/bench/results/.
+jobs: setup
+	$(BIN)/python tests/bench/jobs.py
+
+bench: setup
+	$(BIN)/python tests/bench/run.py
+
+constraints: setup
+	{ sed -n '/^#/p' infra/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^treadle'; } > infra/constraints.new
+	mv infra/constraints.new infra/constraints.txt
+
+clean:
+	rm -rf $(VENV) dist build .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,63 @@
+"""What is asked: job specs and their composition from `conf/` and `jobs/`.
+
+`treadle.spec.compose` is the only importer of Hydra and is not imported from here, so that
+workers can read a frozen spec without it.
+"""
+
+from treadle.spec.job import (
+    AdamWSpec,
+    BatchSpec,
+    CheckpointSpec,
+    ClassifySpec,
+    ClusterSpec,
+    CtcSpec,
+    DataSpec,
+    GruSpec,
+    JobSpec,
+    LstmSpec,
+    MinGruSpec,
+    MinLstmSpec,
+    ModelSpec,
+    OptimSpec,
+    Pooling,
+    Precision,
+    PrecisionSpec,
+    RnnSpec,
+    Schedule,
+    ServeSpec,
+    SgdSpec,
+    StoreSpec,
+    TaskSpec,
+    TrackSpec,
+    TrainSpec,
+    WandbMode,
+)
+
+__all__ = [
+    "AdamWSpec",
+    "BatchSpec",
+    "CheckpointSpec",
+    "ClassifySpec",
+    "ClusterSpec",
+    "CtcSpec",
+    "DataSpec",
+    "GruSpec",
+    "JobSpec",
+    "LstmSpec",
+    "MinGruSpec",
+    "MinLstmSpec",
+    "ModelSpec",
+    "OptimSpec",
+    "Pooling",
+    "Precision",
+    "PrecisionSpec",
+    "RnnSpec",
+    "Schedule",
+    "ServeSpec",
+    "SgdSpec",
+    "StoreSpec",
+    "TaskSpec",
+    "TrackSpec",
+    "TrainSpec",
+    "WandbMode",
+]

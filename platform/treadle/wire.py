@@ -1,0 +1,181 @@
+"""The JSON forms that leave a process: canonical text, content digests, versioned records.
+
+Frozen dataclasses are encoded by field. A class that declares `kind` as a class variable is
+one variant of a closed family: its tag is written beside its fields, so that a record read
+back is the same class with the same fields (`dataclasses.asdict` alone would lose it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from treadle.errors import ConfigError, IntegrityError
+
+__all__ = ["canonical", "check_name", "decode", "digest", "encode", "parse_json", "record", "unrecord"]
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def check_name(what: str, name: str) -> str:
+    """`name`, if it may stand in a path, a Kubernetes object, an S3 key and a W&B id at once.
+
+    Raises:
+        ConfigError: anything but lower-case letters, digits and inner dashes, 63 at most.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what}: got {name!r}, expected 1 to 63 of a-z, 0-9 and '-', starting and ending with a letter or digit"
+        )
+    return name
+
+
+def canonical(value: Any) -> bytes:
+    """One byte string for equal JSON values: sorted keys, no spaces, UTF-8.
+
+    Raises:
+        ValueError: NaN or infinity, which are not JSON.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of bytes, or of the canonical JSON of anything else."""
+    data = value if isinstance(value, bytes | bytearray | memoryview) else canonical(value)
+    return hashlib.sha256(data).hexdigest()
+
+
+def parse_json(data: bytes | str, *, where: str) -> Any:
+    """The JSON value in `data`; duplicate keys, NaN and infinities are refused.
+
+    Raises:
+        IntegrityError: `data` is not such JSON; the message names `where`.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("duplicate key")
+        return result
+
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{where}: not readable as JSON ({error})") from None
+
+
+def encode(value: Any) -> Any:
+    """The JSON-ready form of a dataclass, enum, tuple, list, dict or scalar."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = getattr(type(value), "kind", None)
+        tag = {"kind": kind} if isinstance(kind, str) else {}
+        return tag | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode(cls: type[T], value: Any, *, where: str = "record") -> T:
+    """The instance of `cls` that `encode` wrote.
+
+    Raises:
+        IntegrityError: unknown or missing fields, or an unknown `kind`.
+    """
+    return typing.cast(T, _decode(cls, value, where))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _family(cls: type) -> dict[str, type]:
+    found = {kind: cls} if isinstance(kind := cls.__dict__.get("kind"), str) else {}
+    for child in cls.__subclasses__():
+        found |= _family(child)
+    return found
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _decode(args[0], value, where)
+    if origin is typing.Union or origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _decode(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin in (tuple, list):
+        container = tuple if origin is tuple else list
+        return container(_decode(args[0] if args else Any, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        return {key: _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _decode_dataclass(hint, value, where)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint(value)
+    if hint is float and isinstance(value, int):
+        return float(value)
+    return value
+
+
+def _decode_dataclass(cls: type, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise IntegrityError(f"{where}: got {type(value).__name__}, expected an object of {cls.__name__}")
+    fields = dict(value)
+    if "kind" in fields and "kind" not in {f.name for f in dataclasses.fields(cls)}:
+        kind = fields.pop("kind")
+        family = _family(cls)
+        if kind not in family:
+            raise IntegrityError(f"{where}.kind: got {kind!r}, expected one of {sorted(family)}")
+        cls = family[kind]
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(fields) - set(known)):
+        raise IntegrityError(f"{where}: unknown fields {unknown} for {cls.__name__}")
+    required = {
+        name
+        for name, f in known.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(fields)):
+        raise IntegrityError(f"{where}: missing fields {missing} for {cls.__name__}")
+    hints = _hints(cls)
+    return cls(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in fields.items()})
+
+
+def record(kind: str, schema: int, value: Any) -> bytes:
+    """The bytes of a versioned record: `{"record": kind, "schema": schema, "body": ...}`."""
+    return canonical({"record": kind, "schema": schema, "body": encode(value)})
+
+
+def unrecord(cls: type[T], data: bytes, *, kind: str, schema: int, where: str) -> T:
+    """The body of a record written by `record`.
+
+    Raises:
+        IntegrityError: not JSON, another kind of record, or a schema this version does not read.
+    """
+    value = parse_json(data, where=where)
+    if not isinstance(value, dict) or value.get("record") != kind:
+        raise IntegrityError(f"{where}: not a record of kind {kind!r}")
+    if value.get("schema") != schema:
+        raise IntegrityError(
+            f"{where}: got schema {value.get('schema')!r}, expected {schema}",
+            hint="read it with the treadle version that wrote it",
+        )
+    return decode(cls, value.get("body"), where=where)
