@@ -32,6 +32,7 @@ from treadle.spec.job import (
     TrainSpec,
     WandbMode,
 )
+from treadle.spec.signature import InputKind, Signature
 
 __all__ = [
     "AdamWSpec",
@@ -42,6 +43,7 @@ __all__ = [
     "CtcSpec",
     "DataSpec",
     "GruSpec",
+    "InputKind",
     "JobSpec",
     "LstmSpec",
     "MinGruSpec",
@@ -55,6 +57,7 @@ __all__ = [
     "Schedule",
     "ServeSpec",
     "SgdSpec",
+    "Signature",
     "StoreSpec",
     "TaskSpec",
     "TrackSpec",
