@@ -29,6 +29,7 @@ __all__ = [
     "TreadleError",
     "did_you_mean",
     "error_from_json",
+    "nearest",
 ]
 
 
@@ -178,22 +179,36 @@ def error_from_json(value: Mapping[str, Any]) -> TreadleError:
     return cls(str(value.get("message", "")), hint=str(value.get("hint", "")), **dict(value.get("context", {})))
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` - did you mean 'x'?` for the nearest known word, or "" where none is near.
+def nearest(word: str, known: Iterable[str], *, at_least: float = 0.6) -> tuple[str, ...]:
+    """The known words that `word` may stand for: the best one and its equals, three at most, or ().
 
-    Dotted keys are compared whole first, then by their last component, so that `hidden=3`
-    finds `model.hidden_size` and `optm.lr` finds `optim.lr`.
+    Case and the kind of dash do not count. Dotted keys are compared whole and by their last
+    component, so that `hidden=3` finds `model.hidden_size` and `optm.lr` finds `optim.lr`.
     """
-    options = sorted(set(known))
-    ratio = difflib.SequenceMatcher
-    scored = [(ratio(None, word, option).ratio(), option) for option in options]
-    last = word.rsplit(".", 1)[-1]
-    for option in options:
-        tail = option.rsplit(".", 1)[-1]
-        score = ratio(None, last, tail).ratio()
-        if tail.startswith(last) and len(last) >= 3:
-            score = max(score, 0.9)
-        if score >= 0.72:
-            scored.append((score - 0.01, option))
-    best = max(scored, default=(0.0, ""))
-    return f" - did you mean '{best[1]}'?" if best[0] >= 0.6 else ""
+    scored = sorted(((_likeness(_plain(word), _plain(option)), option) for option in set(known)), reverse=True)
+    best = scored[0][0] if scored else 0.0
+    return tuple(option for score, option in scored[:3] if best >= at_least and score > best - 0.005)[::-1]
+
+
+def _plain(word: str) -> str:
+    return word.strip().lower().replace("-", "_")
+
+
+def _likeness(word: str, option: str) -> float:
+    """0 to 1. A last component that agrees in part counts less than a whole word that agrees."""
+    whole = difflib.SequenceMatcher(None, word, option).ratio()
+    (group, _, last), (parent, _, tail) = word.rpartition("."), option.rpartition(".")
+    part = difflib.SequenceMatcher(None, last, tail).ratio()
+    shorter, longer = sorted((last, tail), key=len)
+    if len(shorter) >= 3 and (longer.startswith(shorter) or shorter in longer.split("_")):
+        part = max(part, 0.8 + 0.1 * len(shorter) / len(longer))
+    if part < 0.72:
+        return whole
+    # The group is written, and another one: a little less likely than the same component of that group.
+    return max(whole, part - 0.01 - (0.04 if group and group != parent else 0.0))
+
+
+def did_you_mean(word: str, known: Iterable[str], *, at_least: float = 0.6) -> str:
+    """` - did you mean 'x'?` for the nearest known word, or "" where none is near."""
+    found = nearest(word, known, at_least=at_least)
+    return f" - did you mean {' or '.join(map(repr, found))}?" if found else ""

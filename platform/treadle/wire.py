@@ -98,7 +98,7 @@ def decode(cls: type[T], value: Any, *, where: str = "record") -> T:
     Raises:
         IntegrityError: unknown or missing fields, or an unknown `kind`.
     """
-    return typing.cast(T, _decode(cls, value, where))
+    return typing.cast("T", _decode(cls, value, where))
 
 
 @functools.cache

@@ -14,9 +14,15 @@ from typing import Protocol
 
 from treadle.errors import ConfigError
 
-__all__ = ["Blobs", "Entry", "check_key"]
+__all__ = ["Blobs", "Entry", "check_key", "check_prefix", "check_range", "is_key"]
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,127}")
+_MAX_KEY = 900  # S3 takes 1024 bytes, the store's own prefix included
+
+
+def is_key(text: str) -> bool:
+    """Whether `text` may be a key. What is not (temporary files, markers of other programs) is never listed."""
+    return len(text) <= _MAX_KEY and all(_PART.fullmatch(part) for part in text.split("/"))
 
 
 def check_key(key: str) -> str:
@@ -25,10 +31,30 @@ def check_key(key: str) -> str:
     Raises:
         ConfigError: otherwise.
     """
-    parts = key.split("/")
-    if not all(_PART.fullmatch(part) for part in parts) or len(key) > 900:
+    if not is_key(key):
         raise ConfigError(f"key: got {key!r}, expected plain names joined by '/'")
     return key
+
+
+def check_prefix(prefix: str) -> str:
+    """`prefix`, if it can start a key: "", or a key, or a key and a "/".
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if prefix and not is_key(prefix.removesuffix("/")):
+        raise ConfigError(f"prefix: got {prefix!r}, expected plain names joined by '/', or nothing")
+    return prefix
+
+
+def check_range(key: str, offset: int, size: int | None) -> None:
+    """Nothing, if the range can be read.
+
+    Raises:
+        ConfigError: a negative offset or size.
+    """
+    if offset < 0 or (size is not None and size < 0):
+        raise ConfigError(f"{key}: got offset {offset} and size {size}, expected neither below 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +62,8 @@ class Entry:
     """One stored object.
 
     `version` is opaque and changes with every write of other bytes; it is what `replace` compares.
+    A place may give equal bytes equal versions (S3 does), so what is replaced carries a growing
+    revision or a nonce: else a writer that saw A cannot tell A from A again after B.
     """
 
     key: str
@@ -46,14 +74,18 @@ class Entry:
 class Blobs(Protocol):
     """A flat map from keys to bytes. Every write is all or nothing and durable on return.
 
+    No key is at the same time the folder of another key ("a" beside "a/b"): a local folder refuses it.
+    To change a value, take `head` first, then `get`, then `replace` with the version of the head:
+    in this order a write in between makes the replacement fail and is never lost.
+
     All methods raise TransientError where the place cannot be reached, ConfigError where it
-    refuses the credentials or the bucket does not exist.
+    refuses the credentials, the bucket does not exist or the key is not a plain name.
     """
 
     uri: str
 
     def get(self, key: str, *, offset: int = 0, size: int | None = None) -> bytes:
-        """The bytes of `key`, or `size` of them from `offset`.
+        """The bytes of `key`, or at most `size` of them from `offset`; past the end there are none.
 
         Raises:
             NotFoundError: no such key.
@@ -85,7 +117,11 @@ class Blobs(Protocol):
         ...
 
     def upload(self, key: str, path: Path) -> Entry:
-        """Write `key` from a file, in parts where it is large."""
+        """Write `key` from a file, in parts where it is large.
+
+        Raises:
+            NotFoundError: no such file.
+        """
         ...
 
     def list(self, prefix: str) -> Iterator[Entry]:
@@ -101,5 +137,5 @@ class Blobs(Protocol):
         ...
 
     def local_path(self, key: str) -> Path | None:
-        """The file that holds `key`, where the place is a local folder; else None."""
+        """Where the file of `key` lies, or would lie, in a local folder; elsewhere None."""
         ...

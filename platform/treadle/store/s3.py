@@ -1,0 +1,371 @@
+"""An S3 bucket as a place of storage. The only importer of boto3.
+
+Credentials, region and endpoint come from where boto3 looks for them. boto3's checksums stay on:
+a CRC32 travels with every upload and is checked by the server, and whole reads of objects that
+carry one are checked here; ranged reads are not, so what is read in ranges has its own digest.
+
+Conditional writes carry a nonce as metadata of the object. Where the answer of a write that
+succeeded is lost, its retry is refused (412); the nonce then tells the winner from a loser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import time
+import urllib.parse
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import boto3.session
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore import exceptions as vendor
+from botocore.config import Config
+
+from treadle.errors import ConfigError, ConflictError, IntegrityError, NotFoundError, TransientError, TreadleError
+from treadle.store.blobs import Entry, check_key, check_prefix, check_range, is_key
+
+__all__ = ["S3Blobs", "S3Options"]
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_AWS_HOSTS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
+_NONCE = "treadle-nonce"
+_NUM_READS = 4
+_NUM_CONDITIONAL_WRITES = 5
+
+_HINT_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+_HINT_BUCKET = "create the bucket, or correct the address of the store"
+_HINT_REGION = "set AWS_DEFAULT_REGION to the region of the bucket"
+_HINT_RIGHTS = "the store needs s3:ListBucket on the bucket, s3:GetObject, s3:PutObject and s3:DeleteObject in it"
+_HINT_CONDITIONS = "take an S3 server that honours If-Match and If-None-Match"
+_HINT_REACH = "check AWS_ENDPOINT_URL_S3 and the network; the call may be repeated"
+
+_REFUSED = {
+    "NoSuchBucket": _HINT_BUCKET,
+    "InvalidBucketName": _HINT_BUCKET,
+    "AccessDenied": _HINT_RIGHTS,
+    "AllAccessDisabled": _HINT_RIGHTS,
+    "403": f"{_HINT_CREDENTIALS}; {_HINT_RIGHTS}",
+    "InvalidAccessKeyId": _HINT_CREDENTIALS,
+    "SignatureDoesNotMatch": _HINT_CREDENTIALS,
+    "InvalidToken": _HINT_CREDENTIALS,
+    "ExpiredToken": _HINT_CREDENTIALS,
+    "RequestTimeTooSkewed": "set the clock of this machine",
+    "PermanentRedirect": _HINT_REGION,
+    "301": _HINT_REGION,
+    "AuthorizationHeaderMalformed": _HINT_REGION,
+    "IllegalLocationConstraintException": _HINT_REGION,
+    "NotImplemented": _HINT_CONDITIONS,
+    "501": _HINT_CONDITIONS,
+}
+# A digest that does not match was damaged on the way; the next try sends it again.
+_TRANSIENT_CODES = {"BadDigest", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "429"}
+_DAMAGED_READ = (
+    vendor.ResponseStreamingError,
+    vendor.IncompleteReadError,
+    vendor.ReadTimeoutError,
+    vendor.FlexibleChecksumError,
+)
+_UNREACHED = (
+    vendor.HTTPClientError,
+    vendor.ConnectionError,
+    vendor.IncompleteReadError,
+    vendor.CredentialRetrievalError,
+    vendor.MetadataRetrievalError,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Options:
+    """How a bucket is reached; the defaults suit jobs, None leaves the choice to boto3."""
+
+    endpoint: str | None = None
+    access_key: str | None = None
+    secret_key: str | None = field(default=None, repr=False)
+    attempts: int = 9
+    """Tries of one request. Of 20 writes to a server that answers 6 of 10 with 503, 9 adaptive tries lost none."""
+    connect_timeout_s: float = 3.0
+    read_timeout_s: float = 30.0
+    part_bytes: int = 64 << 20
+    """Files of this size and more are uploaded in parts of it."""
+    page_size: int = 1000
+    """Keys asked for in one request of a listing."""
+
+
+class S3Blobs:
+    """The protocol `Blobs` in a bucket; threads may share it, processes open their own.
+
+    Args:
+        bucket: its name; it must exist.
+        prefix: what all keys start with, without a "/" at the end.
+        options: how it is reached.
+
+    Raises:
+        ConfigError: a name that S3 does not know, an unknown profile, a malformed endpoint.
+    """
+
+    def __init__(self, bucket: str, prefix: str = "", options: S3Options | None = None) -> None:
+        if not _BUCKET.fullmatch(bucket):
+            raise ConfigError(f"store.uri: got bucket {bucket!r}, expected 3 to 63 of a-z, 0-9, '-' and '.'")
+        self._options = options or S3Options()
+        self._bucket = bucket
+        self._prefix = f"{check_prefix(prefix).removesuffix('/')}/" if prefix else ""
+        self.uri = f"s3://{bucket}/{self._prefix}".removesuffix("/")
+        try:
+            session = boto3.session.Session()
+            self._endpoint = str(self._client(session, "auto").meta.endpoint_url)
+            is_aws = (urllib.parse.urlsplit(self._endpoint).hostname or "").endswith(_AWS_HOSTS)
+            style = "auto" if is_aws else "path"  # other servers have no host name for each bucket
+            self._small = self._client(session, style)
+            # Throttled uploads slow their whole client down; leases must not wait for them.
+            self._bulk = self._client(session, style)
+        except (vendor.BotoCoreError, ValueError) as error:
+            raise ConfigError(f"{self.uri}: got {error}, expected settings that boto3 takes") from error
+        self._transfer = TransferConfig(
+            multipart_threshold=self._options.part_bytes,
+            multipart_chunksize=self._options.part_bytes,
+            max_concurrency=4,
+        )
+        self._is_bucket_seen = False
+
+    def __repr__(self) -> str:
+        return f"S3Blobs({self.uri!r}, endpoint={self._endpoint!r})"
+
+    def get(self, key: str, *, offset: int = 0, size: int | None = None) -> bytes:
+        where = self._where(key)
+        check_range(key, offset, size)
+        if size == 0:
+            self._must_exist(key)
+            return b""
+        if offset or size is not None:
+            where["Range"] = f"bytes={offset}-" if size is None else f"bytes={offset}-{offset + size - 1}"
+        with self._calling("get", key):
+            for trial in range(_NUM_READS):
+                try:
+                    body = self._small.get_object(**where)["Body"]
+                except vendor.ClientError as error:
+                    if _code(error) in ("InvalidRange", "416"):
+                        return b""
+                    raise
+                try:
+                    return body.read()
+                except _DAMAGED_READ:
+                    # boto3 tries again until the headers are there; the body is ours to ask for again.
+                    if trial == _NUM_READS - 1:
+                        raise
+                    _back_off(trial)
+        raise AssertionError("unreachable")
+
+    def head(self, key: str) -> Entry | None:
+        found = self._look(key)
+        return None if found is None else found[0]
+
+    def put(self, key: str, data: bytes) -> Entry:
+        with self._calling("put", key):
+            answer = self._small.put_object(**self._where(key), Body=data)
+        return Entry(key=key, size_bytes=len(data), version=answer["ETag"])
+
+    def create(self, key: str, data: bytes) -> Entry:
+        return self._write_if("create", key, data, version=None)
+
+    def replace(self, key: str, data: bytes, *, version: str) -> Entry:
+        return self._write_if("replace", key, data, version=version)
+
+    def upload(self, key: str, path: Path) -> Entry:
+        where = self._where(key)
+        if not path.is_file():
+            raise NotFoundError(f"upload to {key}: got no file {path}, expected one")
+        with self._calling("upload", key):
+            self._bulk.upload_file(str(path), Bucket=where["Bucket"], Key=where["Key"], Config=self._transfer)
+        return self._must_exist(key)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        pages = self._pages("list", check_prefix(prefix))
+        found = [
+            Entry(key=key, size_bytes=item["Size"], version=item["ETag"])
+            for page in pages
+            for item in page.get("Contents", [])
+            if is_key(key := item["Key"][len(self._prefix) :])
+        ]
+        # AWS lists in order of bytes, SeaweedFS folder by folder.
+        yield from sorted(found, key=lambda entry: entry.key)
+
+    def children(self, prefix: str) -> list[str]:
+        folder = check_prefix(prefix).removesuffix("/")
+        start = f"{folder}/" if folder else ""
+        names: set[str] = set()
+        for page in self._pages("children", start, Delimiter="/"):
+            below = [item["Key"] for item in page.get("Contents", [])]
+            folders = [item["Prefix"] for item in page.get("CommonPrefixes", [])]
+            if "seaweedfs" in page["ResponseMetadata"]["HTTPHeaders"].get("server", "").lower():
+                # It names folders for minutes after their last key went; others never do.
+                folders = [folder for folder in folders if self._has_keys(folder)]
+            names.update(key[len(self._prefix) + len(start) :].removesuffix("/") for key in below + folders)
+        return sorted(name for name in names if is_key(name))
+
+    def delete(self, key: str) -> None:
+        with self._calling("delete", key), contextlib.suppress(NotFoundError):
+            self._small.delete_object(**self._where(key))
+
+    def local_path(self, key: str) -> None:
+        check_key(key)
+
+    def create_bucket(self) -> None:
+        """Make the bucket, on a development server; one that is ours already is no error."""
+        with self._calling("create bucket", ""):
+            try:
+                self._small.create_bucket(Bucket=self._bucket)
+            except vendor.ClientError as error:
+                if _code(error) != "BucketAlreadyOwnedByYou":
+                    raise
+
+    def _client(self, session: Any, addressing: str) -> Any:
+        options = self._options
+        config = Config(
+            # "total_max_attempts" counts the first try, "max_attempts" would not.
+            retries={"mode": "adaptive", "total_max_attempts": options.attempts},
+            connect_timeout=options.connect_timeout_s,
+            read_timeout=options.read_timeout_s,
+            max_pool_connections=32,
+            s3={"addressing_style": addressing},
+        )
+        return session.client(
+            "s3",
+            endpoint_url=options.endpoint,
+            aws_access_key_id=options.access_key,
+            aws_secret_access_key=options.secret_key,
+            config=config,
+        )
+
+    def _where(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
+
+    def _write_if(self, operation: str, key: str, data: bytes, *, version: str | None) -> Entry:
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        nonce = uuid.uuid4().hex
+        where = self._where(key)
+        for trial in range(_NUM_CONDITIONAL_WRITES):
+            with self._calling(operation, key):
+                try:
+                    answer = self._small.put_object(**where, Body=data, Metadata={_NONCE: nonce}, **condition)
+                    return Entry(key=key, size_bytes=len(data), version=answer["ETag"])
+                except vendor.ClientError as error:
+                    if not _is_conflict(error):
+                        raise
+            # 409 and 412 alike: only what is stored now says who won.
+            found = self._look(key)
+            if found is not None and found[1] == nonce:
+                return found[0]
+            self._check_conflict(key, None if found is None else found[0].version, version)
+            _back_off(trial)
+        raise TransientError(
+            f"{self.uri}/{key}: {operation}: got {_NUM_CONDITIONAL_WRITES} refusals at {self._endpoint} "
+            "although nothing was changed, expected one writer to win",
+            hint=_HINT_CONDITIONS,
+        )
+
+    def _check_conflict(self, key: str, found: str | None, expected: str | None) -> None:
+        if expected is None and found is not None:
+            raise ConflictError(f"{self.uri}/{key}: got a key that exists, expected to create it")
+        if expected is not None and found != expected:
+            seen = "no such key" if found is None else f"version {found}"
+            raise ConflictError(f"{self.uri}/{key}: got {seen}, expected version {expected}")
+
+    def _look(self, key: str) -> tuple[Entry, str | None] | None:
+        """The entry of `key` and the nonce it was written with, or None."""
+        try:
+            with self._calling("head", key):
+                answer = self._small.head_object(**self._where(key))
+        except NotFoundError:
+            self._check_bucket()
+            return None
+        entry = Entry(key=key, size_bytes=answer["ContentLength"], version=answer["ETag"])
+        return entry, answer.get("Metadata", {}).get(_NONCE)
+
+    def _check_bucket(self) -> None:
+        """HEAD answers a bare 404 for a missing key and for a missing bucket; listing tells them apart."""
+        if not self._is_bucket_seen:
+            self._has_keys(self._prefix)
+            self._is_bucket_seen = True
+
+    def _has_keys(self, full_prefix: str) -> bool:
+        with self._calling("list", ""):
+            return bool(self._small.list_objects_v2(Bucket=self._bucket, Prefix=full_prefix, MaxKeys=1)["KeyCount"])
+
+    def _must_exist(self, key: str) -> Entry:
+        entry = self.head(key)
+        if entry is None:
+            raise NotFoundError(f"{self.uri}/{key}: got no such key, expected one that was written")
+        return entry
+
+    def _pages(self, operation: str, prefix: str, **more: str) -> Iterator[dict[str, Any]]:
+        paginator = self._small.get_paginator("list_objects_v2")
+        size = {"PageSize": self._options.page_size}
+        with self._calling(operation, prefix):
+            yield from paginator.paginate(
+                Bucket=self._bucket, Prefix=self._prefix + prefix, PaginationConfig=size, **more
+            )
+
+    @contextlib.contextmanager
+    def _calling(self, operation: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (vendor.ClientError, vendor.BotoCoreError, Boto3Error) as error:
+            self._raise(error, operation, f"{self.uri}/{key}" if key else self.uri)
+
+    def _raise(self, error: Exception, operation: str, place: str) -> NoReturn:
+        # boto3's transfers wrap the answer of the server in an error that only has its text.
+        cause = error.__context__ if isinstance(error, Boto3Error) else error
+        start = f"{place}: {operation} at {self._endpoint}: got"
+        if isinstance(cause, vendor.ClientError):
+            raise _answered(cause, start) from error
+        raise _failed(cause or error, start) from error
+
+
+def _back_off(trial: int) -> None:
+    time.sleep(0.05 * 2**trial * (0.5 + secrets.randbelow(1000) / 1000))
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _is_conflict(error: Any) -> bool:
+    return _status(error) in (409, 412) or (_status(error) == 404 and _code(error) != "NoSuchBucket")
+
+
+def _answered(error: Any, start: str) -> TreadleError:
+    """What an answer of the server means to us."""
+    code, status = _code(error), _status(error)
+    seen = f"{start} {code} ({error.response.get('Error', {}).get('Message', '')})"
+    if code in _REFUSED or status in (401, 403):
+        hint = _REFUSED.get(code, _HINT_RIGHTS)
+        return ConfigError(f"{seen}, expected to be let in", hint=hint, code=code, status=status)
+    if status == 404:
+        return NotFoundError(f"{seen}, expected a key that was written", code=code, status=status)
+    if code in _TRANSIENT_CODES or status == 429 or status >= 500:
+        return TransientError(f"{seen}, expected success", hint=_HINT_REACH, code=code, status=status)
+    return ConfigError(f"{seen}, expected a server that knows this request", code=code, status=status)
+
+
+def _failed(error: BaseException, start: str) -> TreadleError:
+    """What a failure without an answer of the server means to us."""
+    seen = f"{start} {type(error).__name__} ({error})"
+    if isinstance(error, vendor.FlexibleChecksumError):
+        return IntegrityError(f"{seen} {_NUM_READS} times, expected the bytes that were written")
+    if isinstance(error, vendor.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return ConfigError(f"{seen}, expected a trusted certificate", hint="set AWS_CA_BUNDLE")
+    if isinstance(error, _UNREACHED):
+        return TransientError(f"{seen}, expected an answer", hint=_HINT_REACH)
+    if isinstance(error, vendor.NoCredentialsError | vendor.PartialCredentialsError):
+        return ConfigError(f"{seen}, expected credentials", hint=_HINT_CREDENTIALS)
+    return ConfigError(f"{seen}, expected settings that boto3 takes", hint=_HINT_CREDENTIALS)

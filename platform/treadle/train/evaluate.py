@@ -1,0 +1,135 @@
+"""How good a network is on a split, added up over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from treadle.data import Manifest, RowReader, ahead
+from treadle.plan import plan_epoch
+from treadle.spec import BatchSpec, JobSpec
+from treadle.train.precision import PrecisionChoice
+from treadle.train.task import Answer, Scores, Task, run_network
+from treadle.train.world import World
+
+__all__ = ["Evaluation", "Evaluator", "Sample"]
+
+NUM_SAMPLES = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One row as people read it."""
+
+    entity: str
+    expected: tuple[tuple[str, ...], ...]
+    answered: tuple[str, ...]
+    confidence: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Numbers over a whole split, equal on all ranks.
+
+    Args:
+        metrics: "loss" first, then the task's, headline next.
+        num_rows: entities judged. confusion: counts [K + 1, K + 1] of (wanted, answered) labels, the last
+            of each for "nothing".
+        samples: some rows of this rank.
+    """
+
+    metrics: dict[str, float]
+    num_rows: int
+    confusion: tuple[tuple[int, ...], ...]
+    samples: tuple[Sample, ...]
+
+
+class Evaluator:
+    """Evaluates on one split. An entity counts once; any of its listed targets is right.
+
+    Rows are dealt to the ranks sorted by length without noise, so that nearly nothing is padded.
+    """
+
+    def __init__(
+        self, spec: JobSpec, manifest: Manifest, reader: RowReader, *, split: str, task: Task, world: World
+    ) -> None:
+        self._task = task
+        self._reader = reader
+        self._world = world
+        self._labels = manifest.header.preprocessing.labels
+        rows = manifest.rows_of(split)
+        entities = manifest.columns["entity"][rows]
+        order = np.argsort(entities, kind="stable")
+        _, starts = np.unique(entities[order], return_index=True)
+        self._alternatives = np.split(rows[order], starts[1:]) if len(rows) else []
+        self._lengths = manifest.columns["length"]
+        self._batch = BatchSpec(slots=max(spec.batch.slots, self._longest()), max_rows=spec.batch.max_rows, noise=0.0)
+
+    def __len__(self) -> int:
+        return len(self._alternatives)
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module, precision: PrecisionChoice) -> Evaluation:
+        """The evaluation of `network`, which is put into evaluation mode and back."""
+        scores, samples = Scores(self._task.num_labels), []
+        was_training = network.training
+        network.eval()
+        for groups, batch in ahead(self._batches):
+            with precision.autocast():
+                logits = run_network(network, batch, self._world.device)
+                loss = self._task.loss_sum(logits, batch)
+            scores.loss_sum += float(loss)
+            scores.loss_count += self._task.count(batch)
+            answers = self._task.answers(logits, torch.from_numpy(batch.lengths_B))
+            for group, answer in zip(groups, answers, strict=True):
+                references = self._references(group)
+                scores.add(self._task.score(answer, references))
+                samples.append((group, references, answer))
+        network.train(was_training)
+        return self._summed(scores, samples)
+
+    def _longest(self) -> int:
+        return max((int(self._lengths[group[0]]) for group in self._alternatives), default=1)
+
+    def _batches(self) -> Iterator[tuple[list[NDArray[np.int64]], object]]:
+        if not self._alternatives:
+            return
+        firsts = np.array([group[0] for group in self._alternatives], np.int64)
+        lengths = self._lengths[firsts].astype(np.int64)
+        plan = plan_epoch(lengths, self._batch, lanes=self._world.size, seed=0, epoch=0)
+        for number in range(plan.num_rounds):
+            rows = plan.lane_rows(number, self._world.rank)
+            if len(rows):
+                yield [self._alternatives[i] for i in rows], self._reader.batch(firsts[rows])
+
+    def _references(self, group: NDArray[np.int64]) -> list[tuple[int, ...]]:
+        batch = self._reader.batch(group)
+        return [tuple(row[:n].tolist()) for row, n in zip(batch.labels_BU, batch.label_lengths_B, strict=True)]
+
+    def _summed(
+        self, scores: Scores, samples: list[tuple[NDArray[np.int64], list[tuple[int, ...]], Answer]]
+    ) -> Evaluation:
+        world = self._world
+        sums = world.sum([scores.rows, scores.wrong_rows, scores.loss_sum, scores.loss_count])
+        scores.rows, scores.wrong_rows, scores.loss_sum, scores.loss_count = sums
+        scores.counts = world.sum_tensor(scores.counts.to(world.device)).cpu()
+        step = max(1, len(samples) // NUM_SAMPLES)
+        return Evaluation(
+            metrics={"loss": scores.loss_sum / max(1.0, scores.loss_count), **self._task.metrics(scores)},
+            num_rows=int(scores.rows),
+            confusion=tuple(tuple(int(v) for v in row) for row in scores.counts.tolist()),
+            samples=tuple(self._sample(*item) for item in samples[::step][:NUM_SAMPLES]),
+        )
+
+    def _sample(self, group: NDArray[np.int64], references: list[tuple[int, ...]], answer: Answer) -> Sample:
+        return Sample(
+            entity=self._reader.entity(int(group[0])),
+            expected=tuple(tuple(self._labels[i] for i in reference) for reference in references),
+            answered=tuple(self._labels[i] for i in answer.labels),
+            confidence=answer.confidence,
+        )

@@ -1,0 +1,277 @@
+"""The training loop, one function, readable top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from treadle import wire
+from treadle.errors import DivergenceError
+from treadle.spec import JobSpec
+from treadle.track import Tracker
+from treadle.train.evaluate import Evaluation, Evaluator
+from treadle.train.feed import Feed, Micro, Update
+from treadle.train.optim import learning_rate
+from treadle.train.precision import PrecisionChoice
+from treadle.train.state import TrainState, snapshot
+from treadle.train.task import Task, run_network
+from treadle.train.world import World
+
+__all__ = ["Checkpointer", "Control", "Outcome", "Run", "fit"]
+
+T = TypeVar("T")
+
+
+class Checkpointer(Protocol):
+    """Writes states; only rank 0's does."""
+
+    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Take over owned copies and commit them in the background."""
+        ...
+
+    def wait(self) -> None:
+        """Return when everything saved is committed; raise what a commit raised."""
+        ...
+
+    def is_due(self, state: TrainState) -> bool:
+        """Whether it is time to save."""
+        ...
+
+
+class Control(Protocol):
+    """What people ask of a running job; only rank 0 looks."""
+
+    def wants_stop(self) -> bool: ...
+    def wants_checkpoint(self) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything a rank needs, built by `treadle.launch.worker`.
+
+    Args:
+        network: the network itself. model: the same, wrapped for its world.
+        start: the state to go on from. log_every_s: least time between two rows of metrics.
+    """
+
+    spec: JobSpec
+    world: World
+    task: Task
+    network: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: PrecisionChoice
+    feed: Feed
+    valid: Evaluator
+    test: Evaluator
+    checkpoints: Checkpointer
+    control: Control
+    track: Tracker
+    start: TrainState
+    log_every_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: "finished" with a test evaluation, or "stopped" without."""
+
+    status: str
+    state: TrainState
+    test: Evaluation | None = None
+
+
+def fit(run: Run) -> Outcome:
+    """Train to the last epoch, or to the update at which all ranks agree to stop.
+
+    Every decision that depends on time or on people is rank 0's and travels in the one all-reduce of
+    counts, so that all ranks take it at the same update.
+
+    Raises:
+        DivergenceError: loss or gradient norm is not finite.
+    """
+    state, meters = run.start, Meters(run)
+    for update in meters.waiting(run.feed.starting_at(state.epoch, state.index)):
+        count, frames, rows, stop, save, log = run.world.sum([*_counts(run, update), *_signals(run, state, meters)])
+        run.model.train()
+        for micro, is_last in mark_last(update.micros):
+            seed_dropout(run.spec.train.seed, state.update, micro)
+            with run.world.gradient_sync(run.model, when=is_last):
+                with run.precision.autocast():
+                    logits = run_network(run.model, micro.batch, run.world.device)
+                    loss = run.task.loss_sum(logits, micro.batch) * micro.batch.weight
+                # DDP averages over ranks; the loss is a sum over all of them divided by one count.
+                (loss * (run.world.size / count)).backward()
+            meters.add_loss(loss.detach())
+        norm = clip_gradients(run)
+        rate = learning_rate(run.spec.optim, progress(run.spec, update))
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        state = state.advanced(int(frames), is_last_of_epoch=update.is_last_of_epoch)
+        meters.add_update(count=count, frames=frames, rows=rows, slots=_slots(update), norm=norm)
+        if log or stop or update.is_last_of_epoch:
+            meters.log(state, update, rate)
+        if update.is_last_of_epoch and _evaluation_due(run, state):
+            meters.log_evaluation(state, run.valid(run.network, run.precision))
+        if save or stop:
+            _save(run, state, meters)
+        if stop:
+            run.checkpoints.wait()
+            return Outcome(status="stopped", state=state)
+    _save(run, state, meters)
+    test = run.test(run.network, run.precision) if len(run.test) else None
+    if test is not None:
+        run.track.log(state.update, {f"test/{name}": value for name, value in test.metrics.items()})
+    run.checkpoints.wait()
+    return Outcome(status="finished", state=state, test=test)
+
+
+def _counts(run: Run, update: Update) -> tuple[float, float, float]:
+    kept = [micro.batch for micro in update.micros if micro.batch.weight]
+    return (
+        sum(run.task.count(batch) for batch in kept),
+        float(sum(batch.frames for batch in kept)),
+        float(sum(len(batch.lengths_B) for batch in kept)),
+    )
+
+
+def _slots(update: Update) -> float:
+    return float(sum(micro.batch.slots for micro in update.micros))
+
+
+def _signals(run: Run, state: TrainState, meters: Meters) -> tuple[float, float, float]:
+    """(stop, save, log), decided by rank 0 alone."""
+    if run.world.rank:
+        return 0.0, 0.0, 0.0
+    save = run.checkpoints.is_due(state) or run.control.wants_checkpoint()
+    return float(run.control.wants_stop()), float(save), float(meters.is_due)
+
+
+def _evaluation_due(run: Run, state: TrainState) -> bool:
+    due = state.epoch % run.spec.train.evaluate_every == 0 or state.epoch == run.spec.train.epochs
+    return bool(len(run.valid)) and due
+
+
+def _save(run: Run, state: TrainState, meters: Meters) -> None:
+    meters.check_finite(state)
+    if run.world.rank == 0:
+        started = time.monotonic()
+        run.checkpoints.save(state, snapshot(run.network, run.optimizer))
+        run.track.log(state.update, {"ckpt/update": state.update, "ckpt/save_s": time.monotonic() - started})
+
+
+def mark_last(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+    """Each item with whether it is the last."""
+    for i, item in enumerate(items):
+        yield item, i + 1 == len(items)
+
+
+def seed_dropout(seed: int, update: int, micro: Micro) -> None:
+    """Key the dropout of a microbatch by its place in the plan, never by rank: any world draws the same."""
+    key = wire.digest([seed, update, micro.number, micro.lane])
+    torch.manual_seed(int(key[:15], 16))
+
+
+def clip_gradients(run: Run) -> Tensor:
+    """Scale the gradients to `clip_norm` at most; return the norm they had, on the device."""
+    parameters = list(run.network.parameters())
+    if run.spec.optim.clip_norm is None:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return torch.nn.utils.clip_grad_norm_(parameters, run.spec.optim.clip_norm)
+
+
+def progress(spec: JobSpec, update: Update) -> float:
+    """Share of the run behind the end of this update, 0 to 1."""
+    return min(1.0, (update.epoch + (update.index + 1) / update.num_updates) / spec.train.epochs)
+
+
+class Meters:
+    """Sums between two rows of metrics. Losses and norms stay on the device until a row is due."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._norm: Tensor | None = None
+        self._reset()
+
+    def waiting(self, updates: Iterator[Update]) -> Iterator[Update]:
+        """`updates`, with the time spent waiting for each added up; closes the reading thread at the end."""
+        try:
+            while True:
+                started = time.monotonic()
+                update = next(updates, None)
+                if update is None:
+                    return
+                self._wait_s += time.monotonic() - started
+                yield update
+        finally:
+            getattr(updates, "close", lambda: None)()
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self._since >= self._run.log_every_s
+
+    def add_loss(self, loss: Tensor) -> None:
+        self._losses.append(loss.double())
+
+    def add_update(self, *, count: float, frames: float, rows: float, slots: float, norm: Tensor) -> None:
+        self._updates += 1
+        self._count += count
+        self._frames += frames
+        self._rows += rows
+        self._slots += slots
+        self._norm = norm if self._norm is None else torch.maximum(norm, self._norm + 0 * norm)
+        self._last_norm = norm
+
+    def check_finite(self, state: TrainState) -> None:
+        """Stop before a state that left the finite numbers is kept.
+
+        The norm is of gradients summed over all ranks, so that all of them come to the same verdict.
+
+        Raises:
+            DivergenceError: a gradient norm since the last row was not finite.
+        """
+        if self._norm is not None and not bool(torch.isfinite(self._norm)):
+            raise DivergenceError(
+                f"training diverged by update {state.update}: the gradient norm is not finite",
+                hint="a smaller optim.lr, or optim.clip_norm; the last checkpoint is sound: treadle resume",
+                update=state.update,
+            )
+
+    def log(self, state: TrainState, update: Update, rate: float) -> None:
+        """Write the row since the last one; the only point where the host waits for the device."""
+        self.check_finite(state)
+        elapsed = max(1e-9, time.monotonic() - self._since)
+        own_loss = float(torch.stack(self._losses).sum())
+        loss, slots = self._run.world.sum([own_loss, self._slots])
+        metrics: dict[str, Any] = {
+            "trainer/update": state.update,
+            "trainer/epoch": update.epoch + (update.index + 1) / update.num_updates,
+            "trainer/frames_seen": state.frames_seen,
+            "train/loss": loss / self._count,
+            "train/lr": rate,
+            "train/grad_norm": float(self._last_norm),
+            "perf/frames_per_s": self._frames / elapsed,
+            "perf/rows_per_s": self._rows / elapsed,
+            "perf/update_ms": 1000 * elapsed / self._updates,
+            "perf/data_wait_share": min(1.0, self._wait_s / elapsed),
+            "data/fill": self._frames / slots,
+        }
+        self._run.track.log(state.update, metrics)
+        self._reset()
+
+    def log_evaluation(self, state: TrainState, evaluation: Evaluation) -> None:
+        self._run.track.log(state.update, {f"val/{name}": value for name, value in evaluation.metrics.items()})
+        self._since = time.monotonic()  # the evaluation's time is not the training's
+
+    def _reset(self) -> None:
+        self._since = time.monotonic()
+        self._losses: list[Tensor] = []
+        self._updates, self._count, self._frames, self._rows, self._slots = 0, 0.0, 0.0, 0.0, 0.0
+        self._wait_s = 0.0
+        self._norm = None

@@ -1,0 +1,108 @@
+"""What changes while training, and its form in a checkpoint: safetensors and JSON, no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from treadle.errors import IntegrityError
+
+__all__ = ["TrainState", "load_weights", "pack", "snapshot", "unpack"]
+
+MODEL_FILE = "model.safetensors"
+OPTIM_FILE = "optim.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a run stands.
+
+    Args:
+        update: optimizer steps taken. epoch, index: the position of the next update.
+        frames_seen: real time steps trained on.
+        precision: the format in use, so that a resumed run keeps it.
+    """
+
+    update: int = 0
+    epoch: int = 0
+    index: int = 0
+    frames_seen: int = 0
+    precision: str = ""
+
+    def advanced(self, frames: int, *, is_last_of_epoch: bool) -> TrainState:
+        """The state after one more update."""
+        epoch, index = (self.epoch + 1, 0) if is_last_of_epoch else (self.epoch, self.index + 1)
+        return replace(self, update=self.update + 1, epoch=epoch, index=index, frames_seen=self.frames_seen + frames)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Owned CPU copies of everything that moves, by file and name; the loop may go on changing the originals."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True).contiguous()
+
+    names = {id(p): name for name, p in network.named_parameters()}
+    moments = {
+        f"{names[id(p)]}/{key}": copy(value)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for key, value in optimizer.state.get(p, {}).items()
+        if isinstance(value, Tensor)
+    }
+    return {MODEL_FILE: {name: copy(t) for name, t in network.state_dict().items()}, OPTIM_FILE: moments}
+
+
+def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, bytes]:
+    """The bytes of each file of a snapshot."""
+    return {name: safetensors.torch.save(dict(part)) for name, part in tensors.items()}
+
+
+def unpack(files: Mapping[str, bytes], network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's files back into a network and an optimizer of the same spec.
+
+    Raises:
+        IntegrityError: missing, additional or differently shaped tensors.
+    """
+    load_weights(network, files[MODEL_FILE], where=MODEL_FILE)
+    moments = _tensors(files[OPTIM_FILE], OPTIM_FILE)
+    for name, p in network.named_parameters():
+        found = {key.rsplit("/", 1)[1]: value for key, value in moments.items() if key.rsplit("/", 1)[0] == name}
+        # AdamW keeps its step count on the CPU whatever the device of its moments.
+        optimizer.state[p] = {key: value if value.ndim == 0 else value.to(p.device) for key, value in found.items()}
+        if any(value.ndim and value.shape != p.shape for value in found.values()):
+            raise IntegrityError(f"{OPTIM_FILE}: {name}: shape differs from the network's {tuple(p.shape)}")
+
+
+def load_weights(network: nn.Module, data: bytes, *, where: str) -> None:
+    """Put weights into `network`; every tensor must be there with its shape, and no other.
+
+    Raises:
+        IntegrityError: otherwise, or `data` is not safetensors.
+    """
+    found, wanted = _tensors(data, where), network.state_dict()
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"unknown {name}" for name in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"{name}: got shape {tuple(found[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & found.keys())
+        if found[name].shape != wanted[name].shape
+    ]
+    if problems:
+        raise IntegrityError(f"{where}: weights of another network: {'; '.join(problems[:5])}")
+    network.load_state_dict(found)
+
+
+def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise IntegrityError(f"{where}: not readable as safetensors ({error})") from None

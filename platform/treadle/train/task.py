@@ -1,0 +1,187 @@
+"""What a network learns: the loss of a batch, its answers, and how right they are.
+
+Shape letters: B rows, T time steps, K label classes, U labels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from treadle.data import Batch
+from treadle.nn import classify_loss_sum, ctc_greedy, ctc_loss_sum
+from treadle.spec import ClassifySpec, CtcSpec, TaskSpec
+from treadle.train.align import align
+
+__all__ = ["Answer", "Task", "build_task"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a network says of one row: label ids, and how sure it is (0 to 1)."""
+
+    labels: tuple[int, ...]
+    confidence: float
+
+
+class Task(ABC):
+    """One kind of target. Sums go in and out, so that ranks and batches of any size add up.
+
+    Args:
+        num_labels: labels (classes) of the data set.
+    """
+
+    def __init__(self, num_labels: int) -> None:
+        self.num_labels = num_labels
+
+    @abstractmethod
+    def count(self, batch: Batch) -> float:
+        """What the summed loss of `batch` is divided by: label frames, or rows."""
+
+    @abstractmethod
+    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The summed loss of a batch; rows whose target has no alignment add nothing."""
+
+    @abstractmethod
+    def answers(self, logits: Tensor, lengths_B: Tensor) -> list[Answer]:
+        """The most likely labels of each row."""
+
+    @abstractmethod
+    def metrics(self, totals: Scores) -> dict[str, float]:
+        """The evaluation's numbers, headline first, out of summed scores."""
+
+    def score(self, answer: Answer, references: Sequence[tuple[int, ...]]) -> Score:
+        """How far `answer` is from the nearest of the accepted references."""
+        found = [Score(pairs=tuple(align(reference, answer.labels))) for reference in references]
+        return min(found, key=lambda s: s.edits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One answer aligned with its reference: (label or None, answered label or None) pairs."""
+
+    pairs: tuple[tuple[int | None, int | None], ...]
+
+    @property
+    def edits(self) -> int:
+        return sum(want != got for want, got in self.pairs)
+
+
+class Scores:
+    """Alignments summed over rows as one matrix, so that ranks add theirs up.
+
+    `counts[want, got]`; the last row and column stand for "nothing": insertions and deletions.
+    """
+
+    def __init__(self, num_labels: int) -> None:
+        self.counts = torch.zeros(num_labels + 1, num_labels + 1, dtype=torch.float64)
+        self.rows = 0.0
+        self.wrong_rows = 0.0
+        self.loss_sum = 0.0
+        self.loss_count = 0.0
+
+    def add(self, score: Score) -> None:
+        nothing = len(self.counts) - 1
+        for want, got in score.pairs:
+            self.counts[nothing if want is None else want, nothing if got is None else got] += 1
+        self.rows += 1
+        self.wrong_rows += score.edits > 0
+
+    @property
+    def references(self) -> float:
+        return float(self.counts[:-1].sum())
+
+    @property
+    def edits(self) -> float:
+        return float(self.counts.sum() - self.counts.diagonal().sum())
+
+
+class CtcTask(Task):
+    """Labels without alignment; best path decoding (Graves et al. 2006, section 3.2)."""
+
+    def __init__(self, spec: CtcSpec, num_labels: int) -> None:
+        super().__init__(num_labels)
+        self.spec = spec
+
+    def count(self, batch: Batch) -> float:
+        return float(batch.lengths_B[self._aligned(batch)].sum() * self.spec.frames_per_step)
+
+    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+        kept = self._aligned(batch)
+        if not kept.all():  # in evaluation only: training leaves such rows out
+            logits = logits[torch.from_numpy(kept).to(logits.device)]
+        lengths = torch.from_numpy(batch.lengths_B[kept]) * self.spec.frames_per_step
+        targets_BU = torch.from_numpy(batch.labels_BU[kept]) + 1  # 0 is the blank
+        target_lengths = torch.from_numpy(batch.label_lengths_B[kept])
+        return ctc_loss_sum(logits, lengths, targets_BU.to(logits.device), target_lengths)
+
+    def _aligned(self, batch: Batch) -> NDArray[np.bool_]:
+        """Which rows have an alignment: a frame per label, and a blank between equal neighbours."""
+        labels_BU = batch.labels_BU
+        real = np.arange(1, labels_BU.shape[1]) < batch.label_lengths_B[:, None]
+        repeats = ((labels_BU[:, 1:] == labels_BU[:, :-1]) & real).sum(1)
+        return batch.label_lengths_B + repeats <= batch.lengths_B * self.spec.frames_per_step
+
+    def answers(self, logits: Tensor, lengths_B: Tensor) -> list[Answer]:
+        lengths = lengths_B * self.spec.frames_per_step
+        best = logits.float().log_softmax(-1).amax(-1).cpu()
+        # Geometric mean of the best frame probabilities: 1 where every frame is certain.
+        sure = [float(best[i, : int(n)].mean().exp()) for i, n in enumerate(lengths)]
+        labels = ctc_greedy(logits, lengths)
+        return [Answer(labels=tuple(v - 1 for v in row), confidence=c) for row, c in zip(labels, sure, strict=True)]
+
+    def metrics(self, totals: Scores) -> dict[str, float]:
+        return {
+            f"{self.spec.label_name}_error_rate": totals.edits / totals.references,
+            f"{self.spec.sequence_name}_error_rate": totals.wrong_rows / totals.rows,
+        }
+
+
+class ClassifyTask(Task):
+    """One class per row."""
+
+    def __init__(self, spec: ClassifySpec, num_labels: int) -> None:
+        super().__init__(num_labels)
+        self.spec = spec
+
+    def count(self, batch: Batch) -> float:
+        return float(len(batch.lengths_B))
+
+    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+        targets_B = torch.from_numpy(batch.labels_BU[:, 0]).to(logits.device)
+        return classify_loss_sum(logits, targets_B, self.spec.label_smoothing)
+
+    def answers(self, logits: Tensor, lengths_B: Tensor) -> list[Answer]:
+        sure, best = logits.float().softmax(-1).max(-1)
+        pairs = zip(best.tolist(), sure.tolist(), strict=True)
+        return [Answer(labels=(label,), confidence=confidence) for label, confidence in pairs]
+
+    def metrics(self, totals: Scores) -> dict[str, float]:
+        counts = totals.counts[:-1, :-1]
+        right, wanted, given = counts.diagonal(), counts.sum(1), counts.sum(0)
+        f1 = 2 * right / (wanted + given).clamp(min=1)
+        return {
+            "accuracy": 1 - totals.wrong_rows / totals.rows,
+            "macro_f1": float(f1[wanted > 0].mean()),
+        }
+
+
+_TASKS: dict[type[TaskSpec], Any] = {CtcSpec: CtcTask, ClassifySpec: ClassifyTask}
+
+
+def build_task(spec: TaskSpec, num_labels: int) -> Task:
+    """The task that `spec` asks for."""
+    return _TASKS[type(spec)](spec, num_labels)
+
+
+def run_network(network: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """The logits of a batch."""
+    inputs = torch.from_numpy(batch.inputs).to(device, non_blocking=True)
+    return network(inputs, torch.from_numpy(batch.lengths_B))
