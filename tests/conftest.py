@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from treadle.store.dev import DevServer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,3 +34,15 @@ def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TREADLE_STORE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevServer]:
+    """A real S3 server for the whole session; tests write below a prefix of their own.
+
+    `monkeypatch.setenv` what `environment()` gives, or pass what `options()` gives.
+    """
+    from treadle.store.dev import dev_server  # boto3 takes 0.4 s, and most tests need no S3
+
+    with dev_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -18,7 +18,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from treadle.data.manifest import Manifest
+from treadle.data.manifest import Manifest, Preprocessing
 from treadle.errors import IntegrityError
 
 __all__ = ["Batch", "RowReader", "ahead", "collate_inputs"]
@@ -84,7 +84,7 @@ class RowReader:
         labels_BU = np.zeros((len(rows_B), int(label_lengths.max())), np.int64)
         for i, row in enumerate(labels):
             labels_BU[i, : len(row)] = row
-        inputs, lengths = collate_inputs(values, self._manifest)
+        inputs, lengths = collate_inputs(values, self._manifest.header.preprocessing)
         return Batch(
             inputs=inputs,
             lengths_B=lengths,
@@ -165,9 +165,10 @@ class _Decoded:
     entities: pa.Array
 
 
-def collate_inputs(values: Sequence[NDArray[Any]], manifest: Manifest) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Flat rows as one padded array and their lengths; frames are scaled as the manifest says."""
-    preprocessing = manifest.header.preprocessing
+def collate_inputs(
+    values: Sequence[NDArray[Any]], preprocessing: Preprocessing
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Flat rows as one padded array and their lengths; frames are scaled as in training."""
     if preprocessing.symbols:
         lengths = np.array([len(row) for row in values], np.int64)
         tokens_BT = np.zeros((len(values), int(lengths.max())), np.int64)

@@ -73,6 +73,8 @@ class Rows:
         valid_BT = step_T < host_B[:, None]
         mirrored_BT = torch.where(valid_BT, host_B[:, None] - 1 - step_T, step_T)
         on_host = (host_B, valid_BT, start_B + host_B - 1, (start_B[:, None] + mirrored_BT).flatten())
+        if x_BTD.device.type == "cuda":  # a copy from memory that is not pinned waits for the device
+            on_host = tuple(part.pin_memory() for part in on_host)
         lengths_, valid, last, flip = (part.to(x_BTD.device, non_blocking=True) for part in on_host)
         return cls(lengths_B=lengths_, valid_BT=valid, last_N=last, flip_N=flip)
 

@@ -166,7 +166,7 @@ class RecurrentStack(nn.Module):
         for index in range(self.num_layers):
             states = parts[index * self.num_directions : (index + 1) * self.num_directions]
             y_BTH, ends = self._layer(index)(x_BTD, states, rows, final_state=final_state)
-            y_BTH = y_BTH.to(out_dtype)
+            y_BTH = y_BTH.to(out_dtype)  # narrow between layers; only states stay fp32
             if rows is not None:
                 y_BTH = rows.zeroed(y_BTH)
             x_BTD = self._combined(x_BTD, y_BTH, index)

@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from treadle.errors import ConfigError, did_you_mean
 from treadle.spec.job import JobSpec
-from treadle.spec.schema import SECRET, FieldDoc, fields_of, job_keys, show, suggest_key, variants_of
+from treadle.spec.places import conf_folder, list_groups, list_options, short_path
+from treadle.spec.schema import SECRET, FieldDoc, fields_of, job_keys, show, suggest_key
 
 __all__ = ["Checker", "Leaf", "Path", "Problem", "blank", "raise_problems"]
 
@@ -60,7 +61,7 @@ def raise_problems(problems: list[Problem]) -> None:
     found = sorted(set(problems))
     raise ConfigError(
         "\n".join(dict.fromkeys(map(str, found))),
-        hint="conf/README.md lists every key with its type, range and meaning",
+        hint=f"{short_path(conf_folder() / 'README.md')} lists every key with its type, range and meaning",
         problems=[dict(key=p.key, got=p.got, expected=p.expected, place=p.place) for p in found],
     )
 
@@ -128,10 +129,11 @@ class Checker:
 
     def _refuse_scalar(self, value: Any, place: Callable[[Path], str], key: Path) -> None:
         leaf = Leaf(key=key or ("job",), value=value, place=place(key))
-        kinds = variants_of(type_) if key and (type_ := fields_of(JobSpec)[key[0]].value_type) else {}
-        nearest = did_you_mean(str(value), kinds)
-        advice = f"; an option is chosen in the defaults list, `- override /{key[0]}: OPTION`" if kinds else ""
-        self._add(leaf, f"a mapping of keys{advice}", got="nothing" if value is None else "", suggestion=nearest)
+        expected, near = "a mapping of keys", ""
+        if key and key[0] in list_groups():
+            expected += f"; an option is chosen in the defaults list, `- override /{key[0]}: OPTION`"
+            near = did_you_mean(str(value), list_options(key[0]))
+        self._add(leaf, expected, got="nothing" if value is None else "", suggestion=near)
 
     def _unknown(self, key: Path, value: Any, place: Callable[[Path], str]) -> None:
         while isinstance(value, Mapping) and len(value) == 1 and not key[-1].startswith("_"):
@@ -158,15 +160,17 @@ class Checker:
         self._inspect(leaf)
         if len(self.problems) > before or leaf.value == "???":
             return
-        if isinstance(leaf.value, str) and "${" in leaf.value:
-            yield leaf
+        if isinstance(leaf.value, str) and "${" in leaf.value and field.item_type is None:
+            yield leaf  # what it refers to is checked when the whole job is there
             return
         converted = _convert(field, self._drafts[cls], leaf.value)
         if converted is not None or (leaf.value is None and field.optional):
             yield leaf
             return
         nearest = did_you_mean(str(leaf.value), field.choices) if field.choices else ""
-        self._add(leaf, field.expected, suggestion=nearest)
+        # YAML reads no, off and on as booleans.
+        quoted = ", in quotes" if isinstance(leaf.value, bool) and (field.choices or field.value_type is str) else ""
+        self._add(leaf, field.expected + quoted, suggestion=nearest)
 
     def _inspect(self, leaf: Leaf) -> None:
         """Reports what may stand nowhere, at any depth of a value."""
@@ -204,7 +208,7 @@ def _convert(field: FieldDoc, draft: DictConfig, value: Any) -> Any:
     """`value` as the type of the field, or None where it is none or out of range."""
     is_flag = isinstance(value, bool)
     if field.value_type is str and is_flag:
-        return None  # YAML reads no, off and on as booleans: `name: on` would become "True"
+        return None  # OmegaConf would make `name: on` the text "True"
     if field.value_type is bool and isinstance(value, int) and not is_flag:
         return None  # OmegaConf takes 2 for true
     name = field.key.rsplit(".", 1)[-1]

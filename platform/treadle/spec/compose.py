@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,7 +28,7 @@ from treadle.errors import InternalError
 from treadle.spec.checks import Checker, Leaf, Problem, blank, raise_problems
 from treadle.spec.job import JobSpec
 from treadle.spec.places import conf_folder, find_job, list_groups, short_path
-from treadle.spec.schema import fields_of, job_keys, show, suggest_key, variants_of
+from treadle.spec.schema import SECRET, fields_of, job_keys, show, suggest_key, variants_of
 from treadle.spec.sources import Sources, read_sources
 from treadle.spec.validate import NOTHING, assemble, build
 
@@ -114,13 +114,14 @@ def _parse(overrides: Sequence[str], problems: list[Problem]) -> Iterator[_Argum
             continue
         key = override.key_or_group
         if override.is_sweep_override():
+            quote = f" - text with a comma is quoted: '{key}=\"{_raw(text)}\"'"
             problems.append(
                 Problem(
                     key=key,
-                    got=f"several values, {_raw(text)}",
+                    got=f"several values, {SECRET.sub('***', _raw(text))}",
                     expected="one value: a job is one run, sweeps are another verb",
                     place=place,
-                    suggestion=f" - text with a comma is quoted: '{key}=\"{_raw(text)}\"'",
+                    suggestion=quote if override.value_type is ValueType.SIMPLE_CHOICE_SWEEP else "",
                 )
             )
             continue
@@ -143,10 +144,10 @@ def _syntax(text: str, place: str, parser: OverridesParser) -> Problem:
         near = f" - did you mean '{word}=VALUE'?" if word in known else near
         return Problem(key=place, got=show(text), expected=expected, suggestion=near)
     quoted = raw.strip("'\"").replace("\\", "\\\\").replace('"', '\\"')
-    for fixed in (f"{key}={raw}", f'{key}="{quoted}"'):
+    for fixed, form in ((f"{key}={raw}", "{}"), (f'{key}="{quoted}"', "'{}' with the quotes")):
         with contextlib.suppress(HydraException):
-            parser.parse_overrides([fixed])
-            expected = f"KEY=VALUE, as in {show(fixed)} with the quotes"
+            parser.parse_overrides([fixed if key else ""])
+            expected = f"KEY=VALUE, as in {form.format(SECRET.sub('***', fixed))}"
             break
     return Problem(key=key or place, got=show(text), expected=expected, place=place, suggestion=near)
 

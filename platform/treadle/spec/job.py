@@ -344,7 +344,7 @@ class TrackSpec:
 class StoreSpec:
     """Where data sets, runs, checkpoints and models live."""
 
-    uri: str
+    uri: Annotated[str, MinLen(1)]
     """A folder or s3://bucket/prefix. Default: $TREADLE_STORE, else ~/.treadle/store."""
 
 

@@ -41,7 +41,7 @@ _SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<", MinLen: "length >="}
 
 SECRET = re.compile(
     r"://[^/\s:@]*:[^/\s@]+@"  # user:password@host
-    r"|[?&](?:X-Amz-Signature|X-Amz-Credential|Signature|sig|token|access_token|api_key)="
+    r"|[?&](?:X-Amz-Signature|X-Amz-Credential|Signature|sig|token|access_token|api_key)=[^&\s'\"]*"
     r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bwandb_v1_\w+|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
 )
 

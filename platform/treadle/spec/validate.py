@@ -60,7 +60,7 @@ def _build(node: DictConfig, cls: type, at: str, problems: list[Problem], classe
         except OmegaConfBaseException as error:
             raw = OmegaConf.to_container(node, resolve=False)
             assert isinstance(raw, dict)
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0][:60]
             problems.append(Problem(key=doc.key, got=f"{show(raw[name])} ({reason})", expected=doc.expected))
             continue
         if not doc.accepts(values[name]):

@@ -36,7 +36,9 @@ _START_TIMEOUT_S = 60.0  # 3 to 4 s on two idle cores
 _PORTS = ("master", "master-grpc", "volume", "volume-grpc", "filer", "filer-grpc", "s3", "s3-grpc")
 # The shell stays beside the server and ends the whole group when the pipe from us closes:
 # also when this process is killed and can end nothing itself.
-_WATCHED = 'exec 3<&0; (read -r _ <&3; kill -KILL 0) & exec "$@" 3<&- </dev/null'
+_WATCHED = 'exec 3<&0; (read -r _ <&3; rm -f {sockets}; kill -KILL 0) & exec "$@" 3<&- </dev/null'
+# The server puts them there under fixed names, and a killed one leaves them.
+_SOCKETS = "/tmp/seaweedfs-{name}-{port}.sock"  # noqa: S108
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +177,10 @@ def _running(program: Path, folder: Path, ports: dict[str, int]) -> Iterator[sub
     command += ["-filer", "-s3", "-s3.config=s3.json", "-s3.autoCreateBucket=false", "-dir=data"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
     command += ["-master.volumeSizeLimitMB=64", "-volume.max=0"]
+    sockets = [_SOCKETS.format(name=name, port=port) for name, port in ports.items()]
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(
-            ["/bin/sh", "-c", _WATCHED, "sh", *command],
+            ["/bin/sh", "-c", _WATCHED.format(sockets=" ".join(sockets)), "sh", *command],
             cwd=folder,
             env={},
             stdin=subprocess.PIPE,
@@ -193,9 +196,8 @@ def _running(program: Path, folder: Path, ports: dict[str, int]) -> Iterator[sub
         process.wait()
         assert process.stdin is not None
         process.stdin.close()
-        for name, port in ports.items():
-            # It puts sockets there under fixed names, and a killed one leaves them.
-            Path(f"/tmp/seaweedfs-{name}-{port}.sock").unlink(missing_ok=True)  # noqa: S108
+        for path in sockets:
+            Path(path).unlink(missing_ok=True)
 
 
 def _is_up(server: DevServer, process: subprocess.Popen[bytes]) -> bool:

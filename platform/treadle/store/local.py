@@ -42,8 +42,8 @@ _REFUSED = {
     errno.ENOTSUP: "use a file system with hard links and locks",
     errno.ENOLCK: "use a file system with hard links and locks",
     errno.EXDEV: "the whole store must lie on one file system",
-    errno.ENOTDIR: "a key cannot be the folder of another key",
-    errno.EISDIR: "a key cannot be the folder of another key",
+    errno.ENOTDIR: "a file lies where a folder is needed; no key can be the folder of another key",
+    errno.EISDIR: "a folder lies where a file is needed; no key can be the folder of another key",
     errno.ENAMETOOLONG: "take a shorter path for the store",
     errno.ELOOP: "a store holds no symbolic links",
 }

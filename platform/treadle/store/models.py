@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from treadle import wire
-from treadle.store.sealed import spell_nonfinite
+from treadle.store.sealed import checksum, spell_nonfinite
 
 __all__ = ["Code", "ModelDraft", "ModelFile", "ModelVersion"]
 
@@ -18,6 +18,11 @@ class ModelFile:
     key: str
     size_bytes: int
     xxh3_128: str
+
+    @classmethod
+    def of(cls, key: str, data: bytes) -> ModelFile:
+        """The entry of an object that holds `data`."""
+        return cls(key=key, size_bytes=len(data), xxh3_128=checksum(data))
 
 
 @dataclass(frozen=True, kw_only=True)

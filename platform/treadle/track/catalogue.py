@@ -64,12 +64,6 @@ _FIXED = (
     Metric(name="data/fill", unit="share", meaning="Frames / slots: 1 means no padding at all.", good=_UP),
     Metric(name="ckpt/update", unit="updates", meaning="Update of the newest committed checkpoint."),
     Metric(name="ckpt/save_s", unit="s", meaning="Time the loop stood still for the latest checkpoint.", good=_DOWN),
-    Metric(
-        name="rank/frames_per_s_min", unit="frames/s", meaning="Real time steps per second, slowest rank.", good=_UP
-    ),
-    Metric(
-        name="rank/frames_per_s_max", unit="frames/s", meaning="Real time steps per second, fastest rank.", good=_UP
-    ),
 )
 
 

@@ -34,7 +34,7 @@ class Lines(Protocol):
 
     def append(self, row: Mapping[str, Any]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> object: ...
 
 
 class Sink(Protocol):
@@ -54,7 +54,7 @@ class Tracker(Protocol):
         """Record numbers that hold after `update` updates."""
         ...
 
-    def event(self, name: str, **facts: Any) -> None:
+    def event(self, name: str, /, **facts: Any) -> None:
         """Record that something happened, with JSON-ready facts."""
         ...
 
@@ -68,7 +68,7 @@ class NullTracker:
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None: ...
 
-    def event(self, name: str, **facts: Any) -> None: ...
+    def event(self, name: str, /, **facts: Any) -> None: ...
 
     def close(self, outcome: str) -> None: ...
 
@@ -118,7 +118,7 @@ class RunTracker:
             self._metrics.append(row)
             self._show("log", int(update), values)
 
-    def event(self, name: str, **facts: Any) -> None:
+    def event(self, name: str, /, **facts: Any) -> None:
         """Write one event and show it to the sinks.
 
         Raises:

@@ -18,7 +18,14 @@ from treadle.units import format_count, format_duration_s
 __all__ = ["Example", "LabelScore", "ReportInput", "render_report"]
 
 _MAX_EXAMPLES, _MAX_TOKENS, _MAX_EVENTS = 40, 200, 200
-_TONES = {"finished": "good", "running": "calm", "stopped": "warn", "preempted": "warn", "failed": "bad", "lost": "bad"}
+_TONES = {
+    "finished": "good",
+    "stopped": "warn",
+    "preempted": "warn",
+    "failed": "bad",
+    "lost": "bad",
+    "unreadable": "bad",
+}
 _SIGNS = {"good": "✓", "calm": "●", "warn": "■", "bad": "✕"}
 _SMALL_EVENTS = frozenset({"checkpoint", "evaluate"})
 _FIXED_FIELDS = frozenset({"schema", "attempt", "time", "event"})
@@ -62,7 +69,7 @@ class ReportInput:
         final: final value of each metric by name; the tiles read these first, then the history.
         intervals: lower and upper bound of a final value, where known.
         events: the event rows.
-        lengths: first and last length, and rows, of each bucket of the length histogram.
+        lengths: lower edge (included), upper edge (excluded) and rows of each bucket of lengths.
         fill: name and frames / slots of each length zone.
         labels: scores by label.
         confusions: expected label, predicted label, count.
@@ -209,7 +216,6 @@ def _curves(given: ReportInput) -> str:
         if name.startswith("val/") and name != "val/loss" and given.catalogue.get(name, _UNKNOWN).unit == "share"
     ]
     others = [name for name in series if name.startswith("val/") and name not in shares and name != "val/loss"]
-    ranks = ["perf/frames_per_s", "rank/frames_per_s_min", "rank/frames_per_s_max"]
     return _section(
         "Training",
         [
@@ -218,7 +224,7 @@ def _curves(given: ReportInput) -> str:
             *(_plot(given, name, [name]) for name in others),
             _plot(given, "Learning rate", ["train/lr"], from_zero=True),
             _plot(given, "Gradient norm", ["train/grad_norm"]),
-            _plot(given, "Throughput", ranks, from_zero=True),
+            _plot(given, "Throughput", ["perf/frames_per_s"], from_zero=True),
             _plot(given, "Time of an update", ["perf/update_ms"], from_zero=True),
             _plot(given, "Fill and waiting", ["data/fill", "perf/data_wait_share"], from_zero=True),
         ],
@@ -442,6 +448,10 @@ def _times_of(series: Series, attempt: int) -> list[float]:
     return [min(own), max(own)] if own else []
 
 
+def _between(low: int, high: int) -> str:
+    return f"{low:,}" if high <= low + 1 else f"{low:,} to {high - 1:,}"
+
+
 def _data(given: ReportInput) -> str:
     lengths = ""
     if given.lengths:
@@ -450,7 +460,7 @@ def _data(given: ReportInput) -> str:
             Bar(
                 name=f"{low:,}",
                 value=rows,
-                title=f"length {low:,} to {high:,}: {rows:,} rows ({100 * rows / max(1, num_rows):.1f} %)",
+                title=f"length {_between(low, high)}: {rows:,} rows ({100 * rows / max(1, num_rows):.1f} %)",
             )
             for low, high, rows in given.lengths
         ]

@@ -146,10 +146,11 @@ class Progress:
         self._is_broken = False
         self._lock = threading.RLock()
 
-    def log(self, update: int, metrics: Mapping[str, float]) -> None:
-        """Take in a row and show it where it is due."""
+    def log(self, update: int, metrics: Mapping[str, float | str]) -> None:
+        """Take in a row, as logged or as read back ("nan" for NaN), and show it where it is due."""
         with self._lock:
-            now, is_evaluation = self._clock(), self._headline in metrics
+            numbers = {name: float(value) for name, value in metrics.items()}
+            now, is_evaluation = self._clock(), self._headline in numbers
             first_s, first_update = self._first = self._first or (now, update)
             eta_s = None
             if update > first_update and now > first_s:
@@ -158,10 +159,10 @@ class Progress:
             self._at = replace(
                 self._at,
                 update=update,
-                epoch=metrics.get("trainer/epoch", self._at.epoch),
-                loss=metrics.get("train/loss", self._at.loss),
-                headline=(self._headline, metrics[self._headline]) if is_evaluation else self._at.headline,
-                frames_per_s=metrics.get("perf/frames_per_s", self._at.frames_per_s),
+                epoch=numbers.get("trainer/epoch", self._at.epoch),
+                loss=numbers.get("train/loss", self._at.loss),
+                headline=(self._headline, numbers[self._headline]) if is_evaluation else self._at.headline,
+                frames_per_s=numbers.get("perf/frames_per_s", self._at.frames_per_s),
                 eta_s=eta_s if eta_s is not None else self._at.eta_s,
             )
             if now - self._shown_s >= self._interval_s or is_evaluation:
@@ -191,7 +192,8 @@ class Progress:
 
     def _draw(self) -> None:
         width = self._columns()
-        line = format_progress(self._at, width=width, color=self._color, ascii_only=self._ascii_only)
+        at = replace(self._at, eta_s=None) if self._at.update >= self._at.num_updates else self._at
+        line = format_progress(at, width=width, color=self._color, ascii_only=self._ascii_only)
         self._write(f"\r{line}\x1b[K" if self._is_live else f"{line}\n")
         self._is_drawn = self._is_live
 

@@ -13,7 +13,7 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ __all__ = ["WandbRun", "WandbSink"]
 
 _EXIT_CODES = {"finished": 0, "stopped": 0, "preempted": 143}  # 143 is shown as "failed", resumable
 _ALERTS = frozenset({"alert", "error", "preempt", "restart"})
-_SUMMARY = {Direction.up: "max", Direction.down: "min"}
+_SUMMARY = {Direction.up: "max,last", Direction.down: "min,last"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +101,8 @@ class WandbSink:
         self._ready = threading.Condition()
         self._outcome: str | None = None
         self._service: Any = None
+        self._has_started = False
         self._is_off = mode is WandbMode.disabled
-        self._counts: Counter[str] = Counter()
         self._update = 0
         self.num_dropped = 0
         self.num_failed = 0
@@ -115,7 +115,7 @@ class WandbSink:
         self._put(("log", update, dict(metrics)))
 
     def event(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Queue one event: a running count `events/<name>`, and an alert where people should look."""
+        """Queue one event: a point `events/<name>`, and an alert where people should look."""
         self._put(("event", name, dict(facts)))
 
     def close(self, outcome: str) -> None:
@@ -125,14 +125,17 @@ class WandbSink:
         with self._ready:
             self._outcome = outcome
             self._ready.notify()
-        self._thread.join(self._init_timeout_s + self._finish_timeout_s + 5)
+        start_s = 0.0 if self._has_started else self._init_timeout_s
+        self._thread.join(start_s + self._finish_timeout_s + 5)
         if self._thread.is_alive():
             # A client that hangs cannot be asked; without its service process its calls fail.
             self._is_off = True
             with contextlib.suppress(Exception):
                 self._service.kill()
-            self._thread.join(10)
-            self._notice("W&B: the client hung and was ended")
+            self._thread.join(5)
+            with contextlib.suppress(Exception):
+                self._service.wait(5)
+            self._notice("W&B: the client hung and was ended; metrics.jsonl has every row")
         if self.num_dropped or self.num_failed:
             self._notice(
                 f"W&B: {self.num_dropped} rows dropped, {self.num_failed} calls failed; metrics.jsonl has every row"
@@ -183,6 +186,7 @@ class WandbSink:
 
     def _run(self, wandb: Any) -> None:
         run = self._start(wandb)
+        self._has_started = True
         while (item := self._take()) is not None:
             try:
                 self._send(run, *item)
@@ -293,8 +297,7 @@ class WandbSink:
             self._update = key
             run.log({"trainer/update": key, **values})
             return
-        self._counts[key] += 1
-        run.log({"trainer/update": self._update, f"events/{key}": self._counts[key]})
+        run.log({"trainer/update": self._update, f"events/{key}": 1})
         if key in _ALERTS:
             text = ", ".join(f"{name}: {value}" for name, value in values.items())
             run.alert(title=f"{self._told.job}: {key}", text=text or key)

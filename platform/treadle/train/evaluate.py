@@ -24,9 +24,10 @@ NUM_SAMPLES = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One row as people read it."""
+    """One row as people read it; frames of numbers are shown by the row's name and length."""
 
     entity: str
+    inputs: tuple[str, ...]
     expected: tuple[tuple[str, ...], ...]
     answered: tuple[str, ...]
     confidence: float
@@ -62,6 +63,7 @@ class Evaluator:
         self._reader = reader
         self._world = world
         self._labels = manifest.header.preprocessing.labels
+        self._symbols = manifest.header.preprocessing.symbols
         rows = manifest.rows_of(split)
         entities = manifest.columns["entity"][rows]
         order = np.argsort(entities, kind="stable")
@@ -126,9 +128,15 @@ class Evaluator:
             samples=tuple(self._sample(*item) for item in samples[::step][:NUM_SAMPLES]),
         )
 
+    def _inputs(self, group: NDArray[np.int64]) -> tuple[str, ...]:
+        if not self._symbols:
+            return (self._reader.entity(int(group[0])), f"{self._lengths[group[0]]} frames")
+        return tuple(self._symbols[i] for i in self._reader.batch(group[:1]).inputs[0])
+
     def _sample(self, group: NDArray[np.int64], references: list[tuple[int, ...]], answer: Answer) -> Sample:
         return Sample(
             entity=self._reader.entity(int(group[0])),
+            inputs=self._inputs(group),
             expected=tuple(tuple(self._labels[i] for i in reference) for reference in references),
             answered=tuple(self._labels[i] for i in answer.labels),
             confidence=answer.confidence,

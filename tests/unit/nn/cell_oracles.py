@@ -45,10 +45,10 @@ def _torch_pre(weights: Weights, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 def _step(kind: str, weights: Weights, x: Tensor, carry: Carry) -> Carry:
     h = carry["h"]
     if kind.startswith("rnn"):
-        pre = sum(_torch_pre(weights, x, h))
+        pre = torch.stack(_torch_pre(weights, x, h)).sum(0)
         return {"h": torch.tanh(pre) if kind == "rnn_tanh" else pre.clamp(min=0)}
     if kind == "lstm":
-        i, f, g, o = sum(_torch_pre(weights, x, h)).chunk(4)
+        i, f, g, o = torch.stack(_torch_pre(weights, x, h)).sum(0).chunk(4)
         c = _sigmoid(f) * carry["c"] + _sigmoid(i) * torch.tanh(g)
         return {"h": _sigmoid(o) * torch.tanh(c), "c": c}
     if kind == "gru":

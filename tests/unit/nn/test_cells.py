@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from treadle.errors import ConfigError, DataError
-from treadle.nn import GRU, LSTM, RNN, MinGRU, MinLSTM
+from treadle.nn import GRU, LSTM, RNN, MinGRU
 from treadle.nn.stack import RecurrentStack, State
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +65,7 @@ def test_equals_step_loop(kind: str, dtype: torch.dtype, ragged: bool, bidirecti
 @pytest.mark.parametrize(("ours", "theirs"), [(RNN, nn.RNN), (LSTM, nn.LSTM), (GRU, nn.GRU)])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_equals_torch_over_packed_rows(
-    ours: type[RecurrentStack], theirs: type[nn.RNNBase], bidirectional: bool
+    ours: type[RecurrentStack], theirs: Callable[..., nn.RNNBase], bidirectional: bool
 ) -> None:
     lengths = [3, 40, 1, 200, 77]
     stack = ours(6, 16, 2, bidirectional=bidirectional)
@@ -263,7 +264,7 @@ def test_dropout_residual_and_norm_stand_between_layers() -> None:
 
     stack.train()
     seen = []
-    stack.layers[1].norm.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    stack.get_submodule("layers.1.norm").register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
     torch.manual_seed(0)
     stack(x_BTD)
     dropped = seen[0] - x_BTD  # what the first layer added: half of it zero, the rest doubled

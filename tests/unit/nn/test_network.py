@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from treadle.spec import (
 )
 from treadle.spec.job import Nonlinearity
 
-SIZES = {"hidden_size": 6, "num_layers": 2, "embedding_size": 5}
+SIZES: dict[str, Any] = {"hidden_size": 6, "num_layers": 2, "embedding_size": 5}
 TOKENS = Signature(input_kind=InputKind.tokens, input_size=11, num_labels=4, max_length=50)
 FRAMES = Signature(input_kind=InputKind.frames, input_size=3, num_labels=4, max_length=50)
 LENGTHS = [7, 2, 5]

@@ -245,24 +245,26 @@ class BlobContract:
             assert blobs.head("a/b") is None
         assert blobs.get("a/c") == b"y"
 
-    @pytest.mark.parametrize("key", BAD_KEYS, ids=repr)
-    def test_a_bad_key_is_refused_by_every_method(self, blobs: Blobs, key: str, tmp_path: Path) -> None:
+    def test_a_bad_key_is_refused_by_every_method(self, blobs: Blobs, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"x")
-        calls: list[Callable[[], object]] = [
-            lambda: blobs.get(key),
-            lambda: blobs.head(key),
-            lambda: blobs.put(key, b"x"),
-            lambda: blobs.create(key, b"x"),
-            lambda: blobs.replace(key, b"x", version="v"),
-            lambda: blobs.upload(key, tmp_path / "file"),
-            lambda: blobs.delete(key),
-            lambda: blobs.local_path(key),
-        ]
-        if key not in ("", "a/"):  # these two may start a key
-            calls += [lambda: list(blobs.list(key)), lambda: blobs.children(key)]
-        for call in calls:
-            with pytest.raises(ConfigError, match="expected plain names"):
-                call()
+        methods: dict[str, Callable[[str], object]] = {
+            "get": blobs.get,
+            "head": blobs.head,
+            "put": lambda key: blobs.put(key, b"x"),
+            "create": lambda key: blobs.create(key, b"x"),
+            "replace": lambda key: blobs.replace(key, b"x", version="v"),
+            "upload": lambda key: blobs.upload(key, tmp_path / "file"),
+            "delete": blobs.delete,
+            "local_path": blobs.local_path,
+            "list": lambda prefix: list(blobs.list(prefix)),
+            "children": blobs.children,
+        }
+        for key in BAD_KEYS:
+            for name, call in methods.items():
+                if name in ("list", "children") and key in ("", "a/"):
+                    continue  # these may start a key
+                with pytest.raises(ConfigError, match="expected plain names"):
+                    call(key)
         assert list(blobs.list("")) == []
 
     def test_a_reader_never_sees_half_a_write(self, blobs: Blobs) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import ConfigError, ConflictError, IntegrityError
@@ -21,6 +21,8 @@ from treadle.testing import Died, FaultBlobs, MemoryBlobs
 
 RUN = "toy-20260101-000000-abcd"
 CKPT = f"runs/{RUN}/ckpt"
+
+UNTIMED = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(params=["memory", "local"])
@@ -42,6 +44,11 @@ def files_at(update: int) -> dict[str, bytes]:
 
 def commit(checkpoints: Checkpoints, update: int) -> CheckpointManifest:
     return checkpoints.commit(update, files_at(update), {"update": update, "position": [update, 0]})
+
+
+def newest_update(blobs: Blobs) -> int:
+    latest = open_run(blobs, attempt=0).latest()
+    return latest.update if latest else 0
 
 
 def flip(blobs: Blobs, key: str, at: int) -> None:
@@ -277,7 +284,7 @@ def test_death_at_any_write_loses_nothing_acknowledged() -> None:
         assert update in {max(acknowledged, default=0), max(acknowledged, default=0) + 1}, (number, moment)
         assert found is None or found[1] == files_at(update)
         commit(resumed, update + 1)
-        assert open_run(store, attempt=3).latest().update == update + 1
+        assert newest_update(store) == update + 1
         assert len(folders(store)) <= 2, (number, moment)
     assert num_deaths > 30
 
@@ -289,7 +296,7 @@ def test_a_lost_reply_is_not_a_lost_race() -> None:
         store, acknowledged = MemoryBlobs(), list[int]()
         _train(FaultBlobs(store, lose_reply=number), acknowledged)
         assert acknowledged == [1, 2, 3, 4]
-        assert open_run(store).latest().update == 4
+        assert newest_update(store) == 4
 
 
 def test_racing_attempts_leave_the_newest_in_charge(blobs: Blobs) -> None:
@@ -313,13 +320,13 @@ def test_racing_attempts_leave_the_newest_in_charge(blobs: Blobs) -> None:
     assert (latest.attempt, latest.update) == (8, 82)
 
 
-@pytest.mark.parametrize("other", [{"spec_digest": "other"}, {"data_digest": "other"}])
-def test_another_spec_or_data_set_is_refused_but_not_condemned(blobs: Blobs, other: dict[str, str]) -> None:
+@pytest.mark.parametrize("name", ["spec_digest", "data_digest"])
+def test_another_spec_or_data_set_is_refused_but_not_condemned(blobs: Blobs, name: str) -> None:
     manifest = commit(open_run(blobs), 1)
-    (name,) = other
+    other = open_run(blobs, spec_digest="other") if name == "spec_digest" else open_run(blobs, data_digest="other")
     for act in (lambda c: c.latest(), lambda c: c.restore(), lambda c: c.read(manifest)):
         with pytest.raises(IntegrityError, match=f"got {name} {name.split('_')[0]}, expected other"):
-            act(open_run(blobs, **other))
+            act(other)
     assert open_run(blobs).latest() == manifest
 
 
@@ -369,12 +376,13 @@ def test_a_short_write_is_noticed() -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text("aé\"\\\n"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text('aé"\\\n'),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("xyz"), inner, max_size=3),
     max_leaves=8,
-).filter(lambda value: "\ud800" not in repr(value))
+)
 
 
+@UNTIMED
 @given(
     update=st.integers(0, 10**10),
     files=st.dictionaries(st.sampled_from(["a", "b.bin", "c/d"]), st.tuples(st.integers(0), st.text("0123abc"))),
@@ -385,6 +393,14 @@ def test_a_manifest_reads_back_as_written(
     update: int, files: dict[str, tuple[int, str]], state: dict[str, object], prev: str | None
 ) -> None:
     manifest = CheckpointManifest(
-        run=RUN, update=update, attempt=1, prefix="p", prev=prev, files=files, state=state, spec_digest="", data_digest=""
+        run=RUN,
+        update=update,
+        attempt=1,
+        prefix="p",
+        prev=prev,
+        files=files,
+        state=state,
+        spec_digest="",
+        data_digest="",
     )
     assert unseal(CheckpointManifest, seal("checkpoint", manifest), kind="checkpoint", where="here") == manifest

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import ConfigError
@@ -21,6 +21,8 @@ from treadle.store.local import LocalBlobs
 from treadle.testing import FaultBlobs, MemoryBlobs
 
 KEY = "runs/toy/metrics.jsonl"
+
+UNTIMED = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(params=["memory", "local"])
@@ -125,6 +127,7 @@ def test_a_writer_has_a_plain_name(writer: str) -> None:
         Journal(MemoryBlobs(), KEY, writer=writer)
 
 
+@UNTIMED
 @given(cut=st.integers(1, 60))
 def test_a_torn_tail_costs_its_own_row_only(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     blobs = LocalBlobs(tmp_path_factory.mktemp("torn"))
@@ -285,6 +288,7 @@ Journal(Remote(Path({str(tmp_path)!r})), {KEY!r}, writer="a1", interval_s=60).ap
     assert read_journal(LocalBlobs(tmp_path), KEY) == rows(1, 1)
 
 
+@UNTIMED
 @given(st.lists(st.dictionaries(st.text(max_size=8), st.text() | st.integers() | st.floats(), max_size=4), max_size=6))
 def test_any_row_of_json_comes_back(new: list[dict[str, object]]) -> None:
     store = MemoryBlobs()

@@ -1,0 +1,227 @@
+"""Verbs that start and stop work: prepare, plan, submit, stop, resume, jobs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from treadle.cli.options import answer, json_option, say, store_option, stored
+from treadle.errors import ConfigError, ConflictError
+
+__all__ = ["jobs", "plan", "prepare", "resume", "stop", "submit"]
+
+job_argument = click.argument("job")
+overrides_argument = click.argument("overrides", nargs=-1)
+on_option = click.option(
+    "--on", "place", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where to train."
+)
+follow_option = click.option(
+    "--follow/--detach", default=True, show_default=True, help="Show progress until the run ends, or return at once."
+)
+
+
+def _compose(job: str, overrides: tuple[str, ...]) -> tuple[Any, Path]:
+    from treadle.launch.surroundings import default_store
+    from treadle.spec.compose import compose_job
+    from treadle.spec.places import find_job
+
+    return compose_job(job, overrides, default_store=default_store()), find_job(job)
+
+
+@click.command()
+@job_argument
+@overrides_argument
+@click.option("--again", is_flag=True, help="Make it anew even where this recipe was prepared before.")
+@json_option
+def prepare(job: str, overrides: tuple[str, ...], again: bool, as_json: bool) -> None:
+    """Make a job's data set in the store, from its preparation script."""
+    from treadle.data import load_manifest
+    from treadle.launch.submit import prepare_data
+    from treadle.store import open_blobs
+
+    spec, folder = _compose(job, overrides)
+    blobs = open_blobs(spec.store.uri)
+    started = time.monotonic()
+    digest, is_new = prepare_data(spec, folder, blobs, again=again, progress=_show_rows())
+    manifest = load_manifest(blobs, spec.data.name, digest)
+    splits = {name: len(manifest.rows_of(name)) for name in ("train", "valid", "test")}
+    if is_new:
+        say(
+            f"prepared in {time.monotonic() - started:.1f}s, {len(manifest.header.blocks)} blocks; {manifest.header.licence}"
+        )
+    body = {"data": spec.data.name, "digest": digest, "rows": splits, "was_there": not is_new, "store": blobs.uri}
+    words = ", ".join(f"{count:,} {name}" for name, count in splits.items())
+    answer(as_json, body, f"{spec.data.name} {digest[:12]}: {words} rows{'' if is_new else ' (was there)'}")
+
+
+def _show_rows() -> Any:
+    is_live, shown = sys.stderr.isatty(), [0.0]
+
+    def show(stage: str, done: int, total: int) -> None:
+        if is_live and (done == total or time.monotonic() - shown[0] > 0.1):
+            shown[0] = time.monotonic()
+            click.echo(f"\r\x1b[K{stage} {done:,} of {total:,} rows", nl=done == total, err=True)
+
+    return show
+
+
+@click.command()
+@job_argument
+@overrides_argument
+@on_option
+@json_option
+def plan(job: str, overrides: tuple[str, ...], place: str, as_json: bool) -> None:
+    """Show what a job would do, and refuse what cannot fit."""
+    from treadle.launch.submit import plan_job
+    from treadle.launch.view import plan_text
+    from treadle.store import open_blobs
+
+    spec, folder = _compose(job, overrides)
+    made = plan_job(spec, folder, open_blobs(spec.store.uri), _capacity(spec, place))
+    answer(as_json, {"plan": made, "spec": spec}, lambda: plan_text(spec, made))
+
+
+def _capacity(spec: Any, place: str) -> Any:
+    from treadle.launch.surroundings import local_capacity
+
+    if place == "local":
+        return local_capacity(count_gpus=spec.cluster.gpus_per_worker > 0)
+    from treadle.launch.jobs import RayCluster
+
+    return RayCluster(spec.cluster.address).capacity()
+
+
+@click.command()
+@job_argument
+@overrides_argument
+@on_option
+@follow_option
+@json_option
+def submit(job: str, overrides: tuple[str, ...], place: str, follow: bool, as_json: bool) -> int:
+    """Train a job, here or on a running Ray cluster.
+
+    OVERRIDES are Hydra's: model=minlstm optim.lr=1e-3. With --follow the exit code is that of the run.
+    """
+    from treadle.launch.submit import create_run, plan_job
+    from treadle.launch.view import plan_text
+    from treadle.store import Backend, open_blobs
+
+    spec, folder = _compose(job, overrides)
+    blobs = open_blobs(spec.store.uri)
+    made = plan_job(spec, folder, blobs, _capacity(spec, place))
+    say(plan_text(spec, made))
+    backend = Backend.ray if place == "ray" else Backend.inline if spec.cluster.workers == 0 else Backend.local
+    record = create_run(spec, made, blobs, backend)
+    say(f"run       {record.run}")
+    return _start(blobs, record, spec, made, follow=follow, as_json=as_json)
+
+
+@click.command()
+@click.argument("run")
+@on_option
+@follow_option
+@store_option
+@click.option("--address", help="Dashboard of the Ray cluster, where it moved since.")
+@json_option
+def resume(run: str, place: str, follow: bool, store_uri: str | None, address: str | None, as_json: bool) -> int:
+    """Go on from the last checkpoint of a run that was stopped, failed or lost."""
+    from dataclasses import replace
+
+    from treadle.launch.records import read_job
+    from treadle.store import Backend, Runs, RunState
+
+    blobs = stored(store_uri)
+    runs = Runs(blobs)
+    record = runs.get(run)
+    status = runs.status(record.run)
+    if status.state is RunState.finished:
+        raise ConflictError(f"run {record.run}: is finished, expected one that was stopped, failed or lost")
+    if status.state is RunState.running and _is_alive(runs, record.run):
+        raise ConflictError(f"run {record.run}: is running", hint=f"treadle logs -f {record.run}")
+    spec, made = read_job(runs, record.run)
+    if address:
+        spec = replace(spec, cluster=replace(spec.cluster, address=address))
+    backend = Backend.ray if place == "ray" else Backend.inline if spec.cluster.workers == 0 else Backend.local
+    say(f"run       {record.run}, attempt {status.attempt + 1}")
+    return _start(blobs, replace(record, backend=backend), spec, made, follow=follow, as_json=as_json)
+
+
+def _is_alive(runs: Any, run: str) -> bool:
+    """Two looks at the heartbeat: a driver beats every few seconds."""
+    from treadle.launch.driver import BEAT_S
+
+    first = runs.status(run).beat
+    deadline = time.monotonic() + 2 * BEAT_S + 1
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        now = runs.status(run)
+        if now.end is not None:
+            return False
+        if now.beat != first:
+            return True
+    return False
+
+
+def _start(blobs: Any, record: Any, spec: Any, made: Any, *, follow: bool, as_json: bool) -> int:
+    from treadle.cli.follow import follow_run
+    from treadle.launch.jobs import RayCluster
+    from treadle.launch.local import start_local
+    from treadle.store import Backend, Runs
+
+    before = Runs(blobs).status(record.run).attempt
+    driver, submission = None, None
+    if record.backend is Backend.ray:
+        cluster = RayCluster(spec.cluster.address)
+        if "://" not in blobs.uri:
+            say(f"note      the store {blobs.uri} is a folder: every node of the cluster must see it")
+        submission = cluster.submit(blobs.uri, record.run, before + 1)
+        say(f"submitted {submission} to {cluster.address}")
+    else:
+        driver = start_local(
+            blobs.uri, record.run, threads=spec.cluster.cpus_per_worker, in_process=spec.cluster.workers == 0
+        )
+    if follow:
+        return follow_run(blobs, record.run, spec, made, attempts_before=before, driver=driver, as_json=as_json)
+    body = {"run": record.run, "status": "submitted", "attempt": before + 1, "submission": submission}
+    answer(as_json, body, f"{record.run}\nfollow it: treadle logs -f {record.run}")
+    return 0
+
+
+@click.command()
+@click.argument("run")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until the run has left.")
+@store_option
+@json_option
+def stop(run: str, wait: bool, store_uri: str | None, as_json: bool) -> None:
+    """Ask a run to commit a checkpoint and leave; it can be resumed."""
+    from treadle.cli.options import actor
+    from treadle.store import RequestKind, Runs
+
+    runs = Runs(stored(store_uri))
+    record = runs.get(run)
+    runs.request(record.run, RequestKind.stop, f"treadle stop by {actor()}")
+    say(f"asked {record.run} to stop")
+    status = runs.status(record.run)
+    while wait and status.end is None:
+        time.sleep(0.3)
+        status = runs.status(record.run)
+    body = {"run": record.run, "status": status.state.value, "update": status.update}
+    hint = f"; go on with: treadle resume {record.run}" if status.end is not None else ""
+    answer(as_json, body, f"{record.run}: {status.state.value} at update {status.update}{hint}")
+
+
+@click.command()
+@json_option
+def jobs(as_json: bool) -> None:
+    """List the jobs that can be named: ./jobs, then those that came with treadle."""
+    from treadle.spec.places import list_jobs
+    from treadle.track import table
+
+    found = {name: str(folder) for name, folder in list_jobs().items()}
+    if not found and not as_json:
+        raise ConfigError("jobs: none found", hint="a job is a folder jobs/<name>/ with job.yaml and prepare.py")
+    answer(as_json, {"jobs": found}, lambda: table(list(found.items()), ["job", "folder"]))

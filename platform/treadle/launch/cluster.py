@@ -1,0 +1,153 @@
+"""Ranks on a Ray cluster: an own one on this machine, or the one that this job was submitted to."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from treadle.errors import InfeasibleError, InternalError, TransientError, TreadleError
+from treadle.launch.worker import Assignment, train_rank
+from treadle.spec import ClusterSpec
+
+__all__ = ["train_on_ray"]
+
+# Ray's own defaults poll every 2 s, change the folder under the job, and hang 30 s at the end.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_raylet_start_wait_time_s": "180",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+}
+
+
+def train_on_ray(assignment: Assignment, cluster: ClusterSpec, *, is_own_cluster: bool) -> dict[str, Any]:
+    """Train with `cluster.workers` ranks; returns rank 0's summary.
+
+    Raises:
+        TreadleError: what the first failing rank raised, or TransientError for a lost one.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    with _own_cluster(cluster) if is_own_cluster else _given_cluster(), tempfile.TemporaryDirectory() as scratch:
+        return _fit(assignment, cluster, scratch)
+
+
+def _fit(assignment: Assignment, cluster: ClusterSpec, scratch: str) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+    resources = {"CPU": float(cluster.cpus_per_worker)}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = float(cluster.gpus_per_worker)
+    trainer = TorchTrainer(
+        _run_rank,
+        train_loop_config={"assignment": asdict(assignment), "use_gpu": bool(cluster.gpus_per_worker)},
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            # A fresh name an attempt: a torn snapshot of Ray's own must not stand in the way.
+            name=f"{assignment.run}-a{assignment.attempt}",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)}},
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except WorkerGroupError as error:
+        raise _translated(error.worker_failures) from error
+    except (ControllerError, TrainingFailedError) as error:
+        raise TransientError(f"Ray Train: {error}", hint=f"treadle resume {assignment.run}") from error
+    if not isinstance(result.return_value, dict):
+        raise InternalError(f"Ray Train: rank 0 gave {type(result.return_value).__name__}, expected its summary")
+    return result.return_value
+
+
+def _run_rank(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs in each Ray Train worker, whose process group is joined already."""
+    import torch
+
+    from treadle.train import World
+
+    device = torch.device("cuda", torch.cuda.current_device()) if config["use_gpu"] else torch.device("cpu")
+    return train_rank(Assignment(**config["assignment"]), World.joined(device))
+
+
+def _translated(failures: dict[int, Exception]) -> TreadleError:
+    """The first rank's own error where one is ours; the rest only lost their partner."""
+    for rank in sorted(failures):
+        error: BaseException | None = failures[rank]
+        while error is not None:
+            if isinstance(error, TreadleError):
+                return error
+            error = getattr(error, "cause", None) or error.__cause__
+    rank = min(failures)
+    lines = [line for line in str(failures[rank]).splitlines() if line.strip()]
+    if "Error" in (lines[-1] if lines else ""):
+        return InternalError(f"rank {rank}: {lines[-1]}", hint="treadle logs, for the whole trace")
+    return TransientError(f"rank {rank} was lost: {lines[-1] if lines else type(failures[rank]).__name__}")
+
+
+@contextmanager
+def _own_cluster(cluster: ClusterSpec) -> Iterator[None]:
+    """A Ray cluster on this machine for this process alone, gone with it."""
+    # Unix socket paths hold about 100 characters, so the folder's name is short.
+    folder = Path(tempfile.mkdtemp(prefix="trd", dir="/tmp"))
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_TMPDIR"] = str(folder)
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, cluster.workers * cluster.cpus_per_worker),
+            include_dashboard=False,
+            object_store_memory=128 << 20,
+            namespace="treadle",
+            _temp_dir=str(folder),
+            _node_ip_address="127.0.0.1",
+        )
+        for number, handler in kept.items():
+            signal.signal(number, handler)  # ray.init puts its own in place, which abort without a checkpoint
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _given_cluster() -> Iterator[None]:
+    """The cluster that started this process."""
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise InfeasibleError("RAY_ADDRESS: not set, expected the cluster that runs this job")
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    ray.init(address=address, namespace="treadle")
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()

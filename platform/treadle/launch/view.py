@@ -1,0 +1,37 @@
+"""A plan as people read it before anything runs."""
+
+from __future__ import annotations
+
+from treadle.plan import Plan
+from treadle.spec import JobSpec
+from treadle.units import format_bytes, format_count
+
+__all__ = ["plan_text"]
+
+
+def plan_text(spec: JobSpec, plan: Plan) -> str:
+    """The plan as aligned lines: what is trained, on what, where, and how much of it."""
+    model, directions = spec.model, "bidirectional " if spec.model.bidirectional else ""
+    device = "GPU" if spec.cluster.gpus_per_worker else "CPU"
+    ranks = "1 rank in the driver" if spec.cluster.workers == 0 else f"{plan.world} Ray Train workers"
+    step = f"{plan.rows_per_update:.0f} rows"
+    lines = {
+        "job": f"{spec.name}: {spec.summary}" if spec.summary else spec.name,
+        "model": f"{directions}{model.kind}, {model.num_layers} x {model.hidden_size}, "
+        f"{plan.parameters:,} parameters, task {spec.task.kind}",
+        "data": f"{spec.data.name} {plan.data_digest[:12]}: {plan.train_rows:,} rows to train on, "
+        f"{plan.valid_rows:,} to watch, {plan.test_rows:,} to test",
+        "lengths": f"{plan.length_min} to {plan.length_max} time steps, median {plan.length_median}, "
+        f"99 % up to {plan.length_p99}; {format_count(plan.train_frames)} frames an epoch",
+        "batches": f"{plan.updates_per_epoch:,} updates an epoch of {step}, fill {plan.fill:.1%}, "
+        f"at most {plan.worst_slots:,} slots of {spec.batch.slots:,}",
+        "training": f"{spec.train.epochs} epochs, about {plan.num_updates:,} updates, {spec.optim.kind} "
+        f"at {spec.optim.lr:g} {spec.optim.schedule.value}, precision {spec.precision.mode.value}",
+        "workers": f"{ranks} on the {device}, {spec.cluster.cpus_per_worker} CPU each, "
+        f"about {format_bytes(plan.worker_bytes)} each",
+        "keeps": f"a checkpoint every {spec.checkpoint.every}, the last {spec.checkpoint.keep_last}",
+        "store": spec.store.uri,
+        "tracking": f"metrics.jsonl in the store; W&B {spec.track.wandb.value}",
+    }
+    text = "\n".join(f"{name:<9} {line}" for name, line in lines.items())
+    return "\n".join([text, *(f"warning   {line}" for line in plan.warnings)])

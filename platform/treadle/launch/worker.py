@@ -1,0 +1,374 @@
+"""What every rank runs: read the frozen job, build the run, train, and on rank 0 keep the result.
+
+Imports stand inside the functions: the driver sends `train_rank` to processes in which torch has
+not been imported yet, and whose thread count must be set first.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from treadle.data import Manifest
+    from treadle.spec import JobSpec
+    from treadle.store import Blobs, Checkpoints, Runs
+    from treadle.track import RunTracker
+    from treadle.train import Evaluation, Outcome, Run, TrainState, World
+
+__all__ = ["Assignment", "train_rank"]
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What a rank must know to find the rest: JSON-ready, no secrets.
+
+    Args:
+        store: address of the store. run, attempt: which one.
+        code: git commit and dirty flag of the submitter's source.
+    """
+
+    store: str
+    run: str
+    attempt: int
+    code: dict[str, Any]
+
+
+def train_rank(assignment: Assignment, world: World) -> dict[str, Any]:
+    """Train one rank to the end; rank 0 registers the model. Returns a JSON-ready summary.
+
+    Raises:
+        TreadleError: bad data, divergence, a damaged checkpoint, or a newer attempt that took over.
+    """
+    import torch
+
+    from treadle.launch.records import read_job
+    from treadle.store import Checkpoints, Runs, open_blobs
+    from treadle.train import fit
+
+    blobs = open_blobs(assignment.store)
+    runs = Runs(blobs)
+    spec, plan = read_job(runs, assignment.run)
+    torch.set_num_threads(spec.cluster.cpus_per_worker)
+    checkpoints = Checkpoints(
+        blobs,
+        assignment.run,
+        attempt=assignment.attempt,
+        keep_last=spec.checkpoint.keep_last,
+        spec_digest=plan.spec_digest,
+        data_digest=plan.data_digest,
+    )
+    with world.first() as is_first:
+        if is_first:
+            checkpoints.acquire()
+    is_first = world.rank == 0
+    tracker = _tracker(assignment, blobs, spec, plan) if is_first else None
+    control = _Mailbox(runs, assignment) if is_first else None
+    saver = _Saver(checkpoints, spec, tracker) if is_first else None
+    try:
+        run, manifest = _build(assignment, blobs, spec, plan, world, checkpoints, tracker, control, saver)
+        outcome = fit(run)
+        summary = {"status": outcome.status, "update": outcome.state.update, "metrics": {}, "model_version": None}
+        if tracker is not None and outcome.status == "finished":
+            summary |= _keep_model(assignment, blobs, run, manifest, plan.data_digest, outcome)
+            tracker.event("registered", model=spec.name, version=summary["model_version"])
+        if tracker is not None:
+            tracker.close(outcome.status)
+    except BaseException as error:
+        if tracker is not None:
+            tracker.event("error", kind=type(error).__name__, message=str(error)[:2000])
+            tracker.close("failed")
+        raise
+    else:
+        return summary
+    finally:
+        for part in (control, saver):
+            if part is not None:
+                part.close()
+
+
+def _build(
+    assignment: Assignment,
+    blobs: Blobs,
+    spec: JobSpec,
+    plan: Any,
+    world: World,
+    checkpoints: Checkpoints,
+    tracker: RunTracker | None,
+    control: _Mailbox | None,
+    saver: _Saver | None,
+) -> tuple[Run, Manifest]:
+    import torch
+
+    from treadle.data import RowReader, load_manifest
+    from treadle.errors import InternalError
+    from treadle.nn import build_network
+    from treadle.track import NullTracker
+    from treadle.train import (
+        Evaluator,
+        Feed,
+        PrecisionChoice,
+        Run,
+        TrainState,
+        build_optimizer,
+        build_task,
+        choose_precision,
+        unpack,
+    )
+
+    manifest = load_manifest(blobs, spec.data.name, plan.data_digest)
+    reader = RowReader(blobs, manifest)
+    task = build_task(spec.task, plan.signature.num_labels)
+    torch.manual_seed(spec.train.seed)
+    network = build_network(spec.model, spec.task, plan.signature).to(world.device)
+    optimizer = build_optimizer(spec.optim, network)
+    feed = Feed(spec, manifest, reader, lanes=plan.lanes, world=world)
+    if not world.agree(feed.plan(0).digest) or feed.plan(0).digest != plan.batch_digest:
+        raise InternalError("batches: this rank plans other batches than the plan says; do all nodes run one version?")
+    track = tracker or NullTracker()
+    state = TrainState()
+    found = checkpoints.restore()
+    if found is not None:
+        kept, files = found
+        unpack(files, network, optimizer)
+        state = TrainState(**kept.state)
+        track.event("restored", update=state.update, epoch=state.epoch)
+        precision = PrecisionChoice(
+            name=state.precision, device=world.device.type, why="as before the restart", probe_ms={}
+        )
+    else:
+        precision = choose_precision(spec.precision.mode, network, task, feed.largest(), world)
+        state = TrainState(precision=precision.name)
+    track.event("precision", format=precision.name, why=precision.why, probe_ms=precision.probe_ms)
+
+    def evaluator(split: str) -> Evaluator:
+        return Evaluator(spec, manifest, reader, split=split, task=task, world=world)
+
+    run = Run(
+        spec=spec,
+        world=world,
+        task=task,
+        network=network,
+        model=world.wrap(network),
+        optimizer=optimizer,
+        precision=precision,
+        feed=feed,
+        valid=evaluator("valid"),
+        test=evaluator("test"),
+        checkpoints=saver or _NoSaver(),
+        control=control or _NoMailbox(),
+        track=track,
+        start=state,
+        log_every_s=spec.train.log_every_s,
+    )
+    return run, manifest
+
+
+def _tracker(assignment: Assignment, blobs: Blobs, spec: JobSpec, plan: Any) -> RunTracker:
+    from treadle import wire
+    from treadle.launch.surroundings import has_wandb_key, wandb_folder
+    from treadle.spec import WandbMode
+    from treadle.store import Journal
+    from treadle.track import RunTracker, catalogue
+    from treadle.track.wandb import WandbRun, WandbSink
+
+    folder = f"runs/{assignment.run}"
+    writer = f"rank0-a{assignment.attempt}"
+    names = catalogue(spec.task)
+    sinks: list[WandbSink] = []
+    events = Journal(blobs, f"{folder}/events.jsonl", writer=writer)
+    if spec.track.wandb is not WandbMode.disabled:
+        told = WandbRun(
+            run_id=assignment.run,
+            job=spec.name,
+            project=spec.track.project,
+            entity=spec.track.entity,
+            folder=wandb_folder(blobs, assignment.run),
+            config={"spec": wire.encode(spec), "plan": wire.encode(plan), "code": assignment.code},
+            attempt=assignment.attempt,
+        )
+        sinks.append(
+            WandbSink(
+                told,
+                mode=spec.track.wandb,
+                catalogue=names,
+                notice=lambda line: print(line, flush=True),
+                api_key_present=has_wandb_key(),
+                request_stop=lambda: _request_stop(blobs, assignment.run),
+            )
+        )
+    metrics = Journal(blobs, f"{folder}/metrics.jsonl", writer=writer)
+    return RunTracker(metrics=metrics, events=events, sinks=sinks, attempt=assignment.attempt, catalogue=names)
+
+
+def _request_stop(blobs: Blobs, run: str) -> None:
+    from treadle.store import RequestKind, Runs
+
+    Runs(blobs).request(run, RequestKind.stop, "stopped in W&B")
+
+
+def _keep_model(
+    assignment: Assignment, blobs: Blobs, run: Run, manifest: Manifest, data_digest: str, outcome: Outcome
+) -> dict[str, Any]:
+    """Write the model's files below the run and register them; registering copies nothing."""
+    from treadle import wire
+    from treadle.launch.card import model_card
+    from treadle.launch.surroundings import environment_digest
+    from treadle.store import Code, ModelDraft, ModelFile, Registry
+    from treadle.train import ModelConfig, export_network
+
+    spec, header = run.spec, manifest.header
+    signature = header.preprocessing.signature(header.max_length)
+    config = ModelConfig(
+        name=spec.name,
+        model=spec.model,
+        task=spec.task,
+        signature=signature,
+        preprocessing=header.preprocessing,
+        serve=spec.serve,
+    )
+    metrics = {f"test/{name}": value for name, value in outcome.test.metrics.items()} if outcome.test else {}
+    files = export_network(run.network, config)
+    files["eval.json"] = _evaluation_json(outcome.test, header.preprocessing.labels)
+    files["card.md"] = model_card(spec, header, metrics, assignment.run).encode()
+    folder = f"runs/{assignment.run}/model-a{assignment.attempt}"
+    kept = {}
+    for name, data in files.items():
+        blobs.put(f"{folder}/{name}", data)
+        kept[name] = ModelFile.of(f"{folder}/{name}", data)
+    version = Registry(blobs).register(
+        ModelDraft(
+            name=spec.name,
+            run=assignment.run,
+            files=kept,
+            signature=wire.encode(signature),
+            spec_digest=spec.digest,
+            data_digest=data_digest,
+            code=Code(**assignment.code),
+            environment_digest=environment_digest(),
+            metrics=metrics,
+            card=f"{folder}/card.md",
+        )
+    )
+    return {"metrics": metrics, "model_version": version.version}
+
+
+def _evaluation_json(evaluation: Evaluation | None, labels: tuple[str, ...]) -> bytes:
+    from treadle import wire
+
+    body = wire.encode(evaluation) if evaluation is not None else None
+    return wire.canonical({"schema": 1, "labels": list(labels), "test": body})
+
+
+class _Saver:
+    """Commits states one at a time on a thread of its own; the loop only hands over owned copies."""
+
+    def __init__(self, checkpoints: Checkpoints, spec: JobSpec, tracker: RunTracker | None) -> None:
+        self._checkpoints = checkpoints
+        self._spec = spec.checkpoint
+        self._tracker = tracker
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="treadle-saver")
+        self._pending: Future[Any] | None = None
+        self._saved_at = time.monotonic()
+        self._saved_update = -1
+
+    def is_due(self, state: TrainState) -> bool:
+        if self._pending is not None and not self._pending.done():
+            return False  # one commit in flight; the next state is newer anyway
+        every = self._spec.every_updates
+        by_count = every is not None and state.update - max(0, self._saved_update) >= every
+        return by_count or time.monotonic() - self._saved_at >= self._spec.every_s
+
+    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
+        if state.update == self._saved_update:
+            return
+        self.wait()
+        self._saved_update, self._saved_at = state.update, time.monotonic()
+        self._pending = self._pool.submit(self._commit, state, tensors)
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+    def _commit(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
+        from treadle.train import pack
+
+        self._checkpoints.commit(state.update, pack(tensors), state.to_json())
+        if self._tracker is not None:
+            self._tracker.event("checkpoint", update=state.update, epoch=state.epoch)
+
+
+class _NoSaver:
+    """For ranks above 0."""
+
+    def is_due(self, state: TrainState) -> bool:
+        return False
+
+    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+class _Mailbox:
+    """What people ask of this attempt, read from the store by a thread; the loop only reads flags."""
+
+    def __init__(self, runs: Runs, assignment: Assignment) -> None:
+        self._runs = runs
+        self._assignment = assignment
+        self._seen = 0
+        self._stop = threading.Event()
+        self._checkpoint = threading.Event()
+        self._closed = threading.Event()
+        self._thread = _start(self._watch, "treadle-mailbox")
+
+    def wants_stop(self) -> bool:
+        return self._stop.is_set()
+
+    def wants_checkpoint(self) -> bool:
+        wanted = self._checkpoint.is_set()
+        self._checkpoint.clear()
+        return wanted
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        from treadle.errors import TreadleError
+        from treadle.store import RequestKind
+
+        while not self._closed.wait(POLL_S):
+            try:
+                found = self._runs.requests(self._assignment.run, after=self._seen, attempt=self._assignment.attempt)
+            except TreadleError:
+                continue  # the store is away for a moment; the wish stays there
+            for request in found:
+                self._seen = max(self._seen, request.seq)
+                (self._stop if request.kind is RequestKind.stop else self._checkpoint).set()
+
+
+class _NoMailbox:
+    """For ranks above 0, which hear of wishes through rank 0."""
+
+    def wants_stop(self) -> bool:
+        return False
+
+    def wants_checkpoint(self) -> bool:
+        return False
+
+
+def _start(target: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
