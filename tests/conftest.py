@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from treadle.store.dev import DevServer
+
+# The machine that runs the tests may be busy: how long an example takes says nothing about it.
+settings.register_profile("treadle", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("treadle")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,6 +12,7 @@ import enum
 import functools
 import hashlib
 import json
+import math
 import re
 import types
 import typing
@@ -71,8 +72,14 @@ def parse_json(data: bytes | str, *, where: str) -> Any:
     def no_constant(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
 
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text} is too large")
+        return value
+
     try:
-        return json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)
+        return json.loads(data, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{where}: not readable as JSON ({error})") from None
 
@@ -96,9 +103,12 @@ def decode(cls: type[T], value: Any, *, where: str = "record") -> T:
     """The instance of `cls` that `encode` wrote.
 
     Raises:
-        IntegrityError: unknown or missing fields, or an unknown `kind`.
+        IntegrityError: unknown or missing fields, an unknown `kind`, or a value of another form.
     """
-    return typing.cast("T", _decode(cls, value, where))
+    try:
+        return typing.cast("T", _decode(cls, value, where))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{where}: not a {cls.__name__} ({error})") from None
 
 
 @functools.cache

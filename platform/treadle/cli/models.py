@@ -11,7 +11,7 @@ from treadle.errors import NotFoundError
 
 __all__ = ["models"]
 
-alias_option = click.option("--alias", default="production", show_default=True, help="The name that moves.")
+alias_argument = click.argument("alias", default="production")
 reason_option = click.option("--reason", default="", help="Why, for the audit log.")
 
 
@@ -99,12 +99,12 @@ def _show_text(version: Any, held: list[str], history: list[Any]) -> str:
 
 @models.command()
 @click.argument("model")
-@alias_option
+@alias_argument
 @reason_option
 @store_option
 @json_option
 def promote(model: str, alias: str, reason: str, store_uri: str | None, as_json: bool) -> None:
-    """Point an alias at a version: MODEL is name@3, name@alias, or a name for its newest version."""
+    """Point ALIAS (production) at MODEL: name@3, name@alias, or a name for its newest version."""
     from treadle.store import Registry
 
     registry = Registry(stored(store_uri))
@@ -115,12 +115,12 @@ def promote(model: str, alias: str, reason: str, store_uri: str | None, as_json:
 
 @models.command()
 @click.argument("name")
-@alias_option
+@alias_argument
 @reason_option
 @store_option
 @json_option
 def rollback(name: str, alias: str, reason: str, store_uri: str | None, as_json: bool) -> None:
-    """Point an alias back at the version it held before."""
+    """Point ALIAS (production) of the model NAME back at the version it held before."""
     from treadle.store import Registry
 
     if "@" in name:

@@ -29,11 +29,11 @@ from treadle.errors import (
     TreadleError,
     did_you_mean,
 )
+from treadle.serve.client import VERSION_HEADER
 from treadle.serve.engine import Engine
 
-__all__ = ["VERSION_HEADER", "build_app"]
+__all__ = ["build_app"]
 
-VERSION_HEADER = "X-Treadle-Version"
 _log = logging.getLogger(__name__)
 _PATHS = ("/", "/predict", "/healthz", "/stats", "/v1/models/NAME", "/v1/models/NAME:predict")
 _MAX_OPEN = 1024  # requests that hold a body; more of them are told to come back
@@ -152,11 +152,12 @@ class _Api:
 
     async def refused(self, request: Request, error: Exception) -> Response:
         """What the router refuses: an unknown path, or a method that a path does not have."""
+        del request
         assert isinstance(error, HTTPException)
         if error.status_code == HTTPStatus.NOT_FOUND:
             return self._error(_not_found())
-        allowed = (error.headers or {}).get("Allow", "")
-        message = f"method: got {request.method[:16]}, expected {allowed.replace(', ', ' or ')}"
+        allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
+        message = f"method: got another, expected {' or '.join(allowed)}"
         return self._error(RequestError(message, status=error.status_code), headers=error.headers)
 
     def _error(self, error: TreadleError, *, headers: Any = None) -> Response:
@@ -253,7 +254,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _no_model(name: str, known: str) -> TreadleError:
-    shown = ascii(name[:64])
+    shown = repr(name[:64])
     return NotFoundError(f"model: got {shown}, expected {known!r}{did_you_mean(name[:64], [known])}")
 
 

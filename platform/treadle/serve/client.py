@@ -13,9 +13,9 @@ from typing import Any
 
 from treadle.errors import ConfigError, InternalError, OverloadError, RequestError, TransientError, TreadleError
 
-__all__ = ["ask"]
+__all__ = ["VERSION_HEADER", "ask"]
 
-_VERSION_HEADER = "X-Treadle-Version"
+VERSION_HEADER = "X-Treadle-Version"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -44,7 +44,7 @@ def ask(url: str, inputs: Sequence[Any], *, timeout_s: float = 30.0) -> dict[str
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})  # noqa: S310
     try:
         with _opener(address).open(request, timeout=timeout_s) as response:
-            answer = json.load(response) if response.headers.get(_VERSION_HEADER) else None
+            answer = json.load(response) if response.headers.get(VERSION_HEADER) else None
     except urllib.error.HTTPError as error:
         raise _refusal(error, url) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -59,7 +59,7 @@ def _address(url: str) -> str:
         parts = urllib.parse.urlsplit(url)
         is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        is_usable = False
+        parts, is_usable = urllib.parse.urlsplit(""), False
     if not is_usable:
         raise ConfigError(f"url: got {url!r}, expected http://HOST:PORT")
     return urllib.parse.urlunsplit(parts._replace(path=parts.path if parts.path.strip("/") else "/predict"))

@@ -20,7 +20,9 @@ from treadle.spec import ServeSpec, Signature
 
 __all__ = ["Encoded", "Reader"]
 
-_SHOWN = 16  # characters of an unknown symbol that a message repeats, and symbols that a hint lists
+_SHOWN = 16  # characters of an unknown symbol that a message repeats
+_LISTED = 40  # known symbols that a hint lists
+_SEARCHED = 256  # known symbols that are compared with an unknown one, at 20 us each
 _NAMES = {bool: "true or false", str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -106,19 +108,22 @@ class Reader:
         return Encoded(values=np.array(ids, np.int32), length=len(ids))
 
     def _unknown(self, value: Sequence[Any], place: str) -> RequestError:
-        for step, symbol in enumerate(value):
-            if type(symbol) is not str:
-                return RequestError(f"{place}[{step}]: got {_kind(symbol)}, expected a symbol, as text")
-            if symbol not in self._symbols:
-                shown = ascii(symbol) if len(symbol) <= _SHOWN else f"{ascii(symbol[:_SHOWN])}..."
-                near = did_you_mean(symbol, self._symbols) if len(symbol) <= _SHOWN else ""
-                known = " ".join(list(self._symbols)[:_SHOWN]) + (" ..." if len(self._symbols) > _SHOWN else "")
-                return RequestError(
-                    f"{place}[{step}]: got symbol {shown}, "
-                    f"expected one of the {len(self._symbols)} that the model knows{near}",
-                    hint=f"it knows {known}",
-                )
-        raise AssertionError("unreachable")
+        step, symbol = next(
+            (step, symbol)
+            for step, symbol in enumerate(value)
+            if type(symbol) is not str or symbol not in self._symbols
+        )
+        if type(symbol) is not str:
+            return RequestError(f"{place}[{step}]: got {_kind(symbol)}, expected a symbol, as text")
+        is_short = len(symbol) <= _SHOWN
+        shown = repr(symbol) if is_short else f"{symbol[:_SHOWN]!r}..."
+        near = did_you_mean(symbol, self._symbols) if is_short and len(self._symbols) <= _SEARCHED else ""
+        return RequestError(
+            f"{place}[{step}]: got symbol {shown}, expected one of the {len(self._symbols)} that the model knows{near}",
+            hint="it knows "
+            + " ".join(list(self._symbols)[:_LISTED])
+            + (" ..." if len(self._symbols) > _LISTED else ""),
+        )
 
     def _read_frames(self, value: Any, place: str) -> Encoded:
         if type(value) is not list:

@@ -113,7 +113,7 @@ class Registry:
             if int(which) not in known:
                 raise NotFoundError(
                     f"model: got {ref!r}, expected a version from {known[0]} to {known[-1]}",
-                    hint=f"treadle model show {name}",
+                    hint=f"treadle models show {name}",
                 )
             return self._version(name, int(which))
         pointer, _ = self._pointer(name, _check_alias(which))
@@ -122,7 +122,7 @@ class Registry:
             listed = ", ".join(sorted(aliases)) or "none yet"
             raise NotFoundError(
                 f"model: got {ref!r}, expected a version or an alias ({listed}){did_you_mean(which, aliases)}",
-                hint=f"treadle model show {name}",
+                hint=f"treadle models show {name}",
             )
         return self._version(name, pointer.version)
 
@@ -172,7 +172,7 @@ class Registry:
             now = f"version {pointer.version}, its first" if pointer else "no version"
             raise NotFoundError(
                 f"{name}@{alias}: got {now}, expected one with another before it",
-                hint=f"treadle model promote {name}@VERSION {alias}",
+                hint=f"treadle models promote {name}@VERSION {alias}",
             )
         model = self._version(name, pile[-2])
         return self._move(model, alias, (pointer, seen), action="rollback", actor=actor, reason=reason)
@@ -253,7 +253,7 @@ class Registry:
             raise ConflictError(
                 f"{model.name}@{alias}: got version {now.version if now else None}, expected version {before}; "
                 f"someone else moved it",
-                hint=f"look at 'treadle model show {model.name}', then decide again",
+                hint=f"look at 'treadle models show {model.name}', then decide again",
             )
         return AliasChange(name=model.name, alias=alias, before=before, after=model.version, seq=event.seq)
 
@@ -284,7 +284,7 @@ class Registry:
             listed = ", ".join(known) or "none yet"
             raise NotFoundError(
                 f"model: got {name!r}, expected a registered one ({listed}){did_you_mean(name, known)}",
-                hint="treadle model ls",
+                hint="treadle models ls",
             )
         return found
 

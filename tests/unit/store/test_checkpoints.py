@@ -140,11 +140,11 @@ def test_every_single_bit_flip_of_a_manifest_is_found() -> None:
 
 def test_swapped_files_and_a_foreign_manifest_are_found() -> None:
     blobs = MemoryBlobs()
-    writer = open_run(blobs, keep_last=3)
-    first, second, third = (commit(writer, n) for n in (1, 2, 3))
-    blobs.put(third.key("MANIFEST.json"), blobs.get(first.key("MANIFEST.json")))
-    blobs.put(second.key("model.safetensors"), blobs.get(first.key("model.safetensors")))
-    assert open_run(blobs, attempt=2).latest() == first
+    writer = open_run(blobs, keep_last=4)
+    first, second, third, fourth = (commit(writer, n) for n in (1, 2, 3, 4))
+    blobs.put(fourth.key("MANIFEST.json"), blobs.get(first.key("MANIFEST.json")))
+    blobs.put(third.key("model.safetensors"), blobs.get(first.key("model.safetensors")))
+    assert open_run(blobs, attempt=2).latest() == second
 
 
 def test_read_names_the_damaged_file(blobs: Blobs) -> None:
@@ -231,6 +231,10 @@ class Interleaved(MemoryBlobs):
         self._interrupt(key)
         return super().get(key, offset=offset, size=size)
 
+    def children(self, prefix: str) -> list[str]:
+        self._interrupt(prefix)
+        return super().children(prefix)
+
     def _interrupt(self, key: str) -> None:
         if self.act is not None and key.endswith(self.suffix):
             act, self.act = self.act, None
@@ -248,6 +252,27 @@ def test_an_attempt_fenced_off_in_the_middle_of_its_commit_is_not_the_latest() -
     assert resumed.latest() == seen
     commit(resumed, 11)
     assert sorted(name[:13] for name in folders(store)) == ["00000010-0001", "00000011-0002"]
+
+
+def test_retention_leaves_a_newer_attempt_alone() -> None:
+    store = Interleaved()
+    zombie, resumed = open_run(store, attempt=1, keep_last=1), open_run(store, attempt=2, keep_last=1)
+    commit(zombie, 10)
+    store.suffix, store.act = "/ckpt", lambda: commit(resumed, 11)
+    commit(zombie, 20)  # acknowledged, and overtaken before it swept
+    assert open_run(store, attempt=0).restore() is not None
+    assert newest_update(store) == 11
+
+
+def test_an_attempt_that_was_replaced_uploads_nothing() -> None:
+    store = MemoryBlobs()
+    zombie = open_run(FaultBlobs(store), attempt=1)
+    commit(zombie, 10)
+    open_run(store, attempt=2).acquire()
+    before = list(store.list(""))
+    with pytest.raises(ConflictError):
+        commit(zombie, 20)
+    assert list(store.list("")) == before
 
 
 def test_a_reader_overtaken_by_retention_takes_the_newer_and_condemns_nothing() -> None:
@@ -325,7 +350,7 @@ def test_another_spec_or_data_set_is_refused_but_not_condemned(blobs: Blobs, nam
     manifest = commit(open_run(blobs), 1)
     other = open_run(blobs, spec_digest="other") if name == "spec_digest" else open_run(blobs, data_digest="other")
     for act in (lambda c: c.latest(), lambda c: c.restore(), lambda c: c.read(manifest)):
-        with pytest.raises(IntegrityError, match=f"got {name} {name.split('_')[0]}, expected other"):
+        with pytest.raises(IntegrityError, match=f"got {name} {getattr(manifest, name)}, expected other"):
             act(other)
     assert open_run(blobs).latest() == manifest
 

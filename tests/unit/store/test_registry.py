@@ -286,6 +286,20 @@ def test_racing_registrations_get_a_number_each(blobs: Blobs) -> None:
     assert {m.digest: m.version for m in made} == {v.digest: v.version for v in versions}
 
 
+def test_the_same_content_registered_in_between_is_found() -> None:
+    class Raced(MemoryBlobs):
+        def create(self, key: str, data: bytes) -> Entry:
+            if key.endswith("versions/000001.json") and self.head(key) is None:
+                version = unseal(ModelVersion, data, kind="model", where=key)
+                self.put(key, seal("model", replace(version, created_at="a moment earlier")))
+            return super().create(key, data)
+
+    store = Raced()
+    made = Registry(store).register(draft(store))
+    assert (made.version, made.created_at) == (1, "a moment earlier")
+    assert Registry(store).versions("toy") == [made]
+
+
 def test_of_racing_promotions_each_is_told_and_all_are_on_record(blobs: Blobs) -> None:
     registry = with_versions(blobs, 12)
     start = threading.Barrier(12)
