@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -86,10 +87,10 @@ def _machine() -> Iterator[Finding]:
     here = local_capacity(count_gpus=False)
     yield Finding(what="CPUs", status="ok", seen=str(here.cpus))
     yield Finding(what="memory", status="ok", seen=format_bytes(here.memory_bytes))
-    free = shutil.disk_usage("/tmp").free
+    free = shutil.disk_usage(tempfile.gettempdir()).free
     enough = free >= FEW_BYTES
     yield Finding(
-        what="disk /tmp",
+        what=f"disk {tempfile.gettempdir()}",
         status="ok" if enough else "bad",
         seen=f"{format_bytes(free)} free",
         remedy="" if enough else f"Ray needs about {format_bytes(FEW_BYTES)}",

@@ -20,7 +20,7 @@ __all__ = ["follow_run"]
 
 POLL_S = 0.3
 # What a person wants to read while a run goes on; the log and the events file have the rest.
-_TOLD = {"precision", "restored", "registered", "sink_lost"}
+_TOLD = {"notice", "precision", "restored", "registered", "sink_lost"}
 
 
 def follow_run(
@@ -104,6 +104,8 @@ def _died(driver: LocalDriver, blobs: Blobs, runs: Runs, run: str, attempts_befo
 
 
 def _line(row: dict[str, object]) -> str:
+    if row["event"] == "notice":
+        return str(row["text"])
     if row["event"] == "precision":
         return f"precision {row['format']}: {row['why']}"
     if row["event"] == "registered":

@@ -33,7 +33,7 @@ VERBS = {
     "predict": ("treadle.cli.serving:predict", "Ask a model."),
     "jobs": ("treadle.cli.submit:jobs", "List the jobs that can be named."),
     "doctor": ("treadle.cli.doctor:doctor", "Check this machine, its Ray, store and W&B."),
-    "store": ("treadle.cli.store:store", "Start a local S3 server for trying things out."),
+    "store": ("treadle.cli.store:store_group", "Start a local S3 server for trying things out."),
     "demo": ("treadle.cli.demo:demo", "The whole road on real data, in minutes."),
 }
 

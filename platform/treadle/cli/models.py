@@ -91,8 +91,7 @@ def _show_text(version: Any, held: list[str], history: list[Any]) -> str:
         *(f"  {name:<28} {value:.4f}" for name, value in version.metrics.items()),
     ]
     moves = [
-        f"  {e.time}  {e.action} {e.alias}: {e.before or '-'} -> {e.after} by {e.actor} {e.reason}"
-        for e in history
+        f"  {e.time}  {e.action} {e.alias}: {e.before or '-'} -> {e.after} by {e.actor} {e.reason}" for e in history
     ]
     return "\n".join([*lines, *(["history"] if moves else []), *moves])
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from treadle.cli.options import answer, json_option, say
 
-__all__ = ["store"]
+__all__ = ["store_group"]
 
 
-@click.group()
-def store() -> None:
+@click.group("store")
+def store_group() -> None:
     """Start a local S3 server for trying things out."""
 
 
-@store.command()
+@store_group.command()
 @click.option("--port", type=click.IntRange(1, 65535), help="S3 port. [default: a free one]")
 @click.option(
     "--folder",
@@ -43,7 +44,6 @@ def dev(port: int | None, folder: Path, as_json: bool) -> None:
         answer(as_json, {"environment": environment, "endpoint": server.endpoint, "pid": server.pid}, lines)
         click.get_text_stream("stdout").flush()
         say(f"S3 server at {server.endpoint}, data in {folder}; Ctrl-C stops it")
-        try:
+        with suppress(KeyboardInterrupt):
             stop.wait()
-        except KeyboardInterrupt:
-            say("stopping")
+        say("stopping")

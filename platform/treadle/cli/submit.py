@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,12 @@ def _compose(job: str, overrides: tuple[str, ...]) -> tuple[Any, Path]:
     return compose_job(job, overrides, default_store=default_store()), find_job(job)
 
 
+def _asked(job: str, overrides: tuple[str, ...]) -> str:
+    """What `treadle prepare` needs of a command line: the job, and where its data come from and go to."""
+    kept = [text for text in overrides if text.lstrip("+~").startswith(("data", "store"))]
+    return shlex.join([job, *kept])
+
+
 @click.command()
 @job_argument
 @overrides_argument
@@ -50,12 +57,11 @@ def prepare(job: str, overrides: tuple[str, ...], again: bool, as_json: bool) ->
     manifest = load_manifest(blobs, spec.data.name, digest)
     splits = {name: len(manifest.rows_of(name)) for name in ("train", "valid", "test")}
     if is_new:
-        say(
-            f"prepared in {time.monotonic() - started:.1f}s, {len(manifest.header.blocks)} blocks; {manifest.header.licence}"
-        )
+        say(f"prepared in {time.monotonic() - started:.1f}s; {manifest.header.licence}")
     body = {"data": spec.data.name, "digest": digest, "rows": splits, "was_there": not is_new, "store": blobs.uri}
     words = ", ".join(f"{count:,} {name}" for name, count in splits.items())
-    answer(as_json, body, f"{spec.data.name} {digest[:12]}: {words} rows{'' if is_new else ' (was there)'}")
+    note = "" if is_new else " (was there)"
+    answer(as_json, body, f"{spec.data.name} {digest[:12]}: {words} rows{note}")
 
 
 def _show_rows() -> Any:
@@ -81,7 +87,8 @@ def plan(job: str, overrides: tuple[str, ...], place: str, as_json: bool) -> Non
     from treadle.store import open_blobs
 
     spec, folder = _compose(job, overrides)
-    made = plan_job(spec, folder, open_blobs(spec.store.uri), _capacity(spec, place))
+    blobs = open_blobs(spec.store.uri)
+    made = plan_job(spec, folder, blobs, _capacity(spec, place), asked=_asked(job, overrides))
     answer(as_json, {"plan": made, "spec": spec}, lambda: plan_text(spec, made))
 
 
@@ -112,7 +119,7 @@ def submit(job: str, overrides: tuple[str, ...], place: str, follow: bool, as_js
 
     spec, folder = _compose(job, overrides)
     blobs = open_blobs(spec.store.uri)
-    made = plan_job(spec, folder, blobs, _capacity(spec, place))
+    made = plan_job(spec, folder, blobs, _capacity(spec, place), asked=_asked(job, overrides))
     say(plan_text(spec, made))
     backend = Backend.ray if place == "ray" else Backend.inline if spec.cluster.workers == 0 else Backend.local
     record = create_run(spec, made, blobs, backend)

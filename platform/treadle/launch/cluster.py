@@ -25,6 +25,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice beside log_to_driver
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
@@ -79,7 +80,9 @@ def _fit(assignment: Assignment, cluster: ClusterSpec, scratch: str, *, is_own_c
             name=f"{assignment.run}-a{assignment.attempt}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)}},
+            worker_runtime_env={
+                "env_vars": {"OMP_NUM_THREADS": str(cluster.cpus_per_worker), "WANDB_ERROR_REPORTING": "false"}
+            },
         ),
     )
     try:

@@ -161,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run", required=True)
     parser.add_argument("--backend", choices=[backend.value for backend in Backend], default=Backend.local.value)
     given = parser.parse_args(arguments)
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the only switch of wandb-core's own telemetry
     try:
         return drive(given.store, given.run, Backend(given.backend))
     except TreadleError as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from treadle.data import build_dataset, find_dataset, load_manifest, note_dataset, recipe_digest
-from treadle.errors import ConfigError, DataError
+from treadle.data import Draft, build_dataset, find_dataset, load_manifest, note_dataset, recipe_digest
+from treadle.errors import ConfigError, DataError, TreadleError
 from treadle.launch.records import freeze
 from treadle.launch.surroundings import code_facts
 from treadle.plan import Capacity, Plan, make_plan
@@ -47,19 +48,31 @@ def prepare_data(
     prepare = getattr(module, "prepare", None)
     if not callable(prepare):
         raise ConfigError(f"{script}: got no function `prepare`, expected prepare(spec: DataSpec) -> Draft")
-    draft: Any = prepare(spec.data)
-    digest, _ = build_dataset(draft, spec.data, blobs, recipe=recipe, progress=progress)
+    try:
+        draft: Any = prepare(spec.data)
+        if not isinstance(draft, Draft):
+            raise ConfigError(f"{script}: prepare() gave {type(draft).__name__}, expected treadle.data.Draft")
+        digest, _ = build_dataset(draft, spec.data, blobs, recipe=recipe, progress=progress)
+    except TreadleError:
+        raise
+    except Exception as error:  # the script is the user's: whatever it raises is about the data
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        raise DataError(f"{script}: {type(error).__name__}: {error} (at {where})") from error
     note_dataset(blobs, spec.data.name, recipe, digest)
     return digest, True
 
 
-def plan_job(spec: JobSpec, folder: Path, blobs: Blobs, capacity: Capacity) -> Plan:
+def plan_job(spec: JobSpec, folder: Path, blobs: Blobs, capacity: Capacity, *, asked: str) -> Plan:
     """The plan of a job whose data are prepared.
+
+    Args:
+        asked: the job and its overrides as they were typed, for the hint.
 
     Raises:
         DataError: they are not; the hint is the command. Otherwise what `make_plan` raises.
     """
-    digest = find_dataset(blobs, spec.data.name, recipe_digest(spec.data, folder / SCRIPT), job=spec.name)
+    digest = find_dataset(blobs, spec.data.name, recipe_digest(spec.data, folder / SCRIPT), job=asked)
     card = load_manifest(blobs, spec.data.name, digest).card(digest)
     return make_plan(spec, card, capacity)
 
@@ -77,5 +90,10 @@ def _load(script: Path) -> ModuleType:
         raise ConfigError(f"{script}: cannot be loaded")
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses of the script look themselves up there
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except TreadleError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{script}: cannot be loaded: {type(error).__name__}: {error}") from error
     return module

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,7 @@ def _build(
 
 def _tracker(assignment: Assignment, blobs: Blobs, spec: JobSpec, plan: Any) -> RunTracker:
     from treadle import wire
+    from treadle.errors import InternalError
     from treadle.launch.surroundings import has_wandb_key, wandb_folder
     from treadle.spec import WandbMode
     from treadle.store import Journal
@@ -184,6 +186,12 @@ def _tracker(assignment: Assignment, blobs: Blobs, spec: JobSpec, plan: Any) -> 
     writer = f"rank0-a{assignment.attempt}"
     names = catalogue(spec.task)
     sinks: list[WandbSink] = []
+
+    def notice(line: str) -> None:
+        with suppress(InternalError):  # the record may be closed already; the line is in the log then
+            print(line, flush=True)
+            tracker.event("notice", text=line)
+
     events = Journal(blobs, f"{folder}/events.jsonl", writer=writer)
     if spec.track.wandb is not WandbMode.disabled:
         told = WandbRun(
@@ -200,13 +208,14 @@ def _tracker(assignment: Assignment, blobs: Blobs, spec: JobSpec, plan: Any) -> 
                 told,
                 mode=spec.track.wandb,
                 catalogue=names,
-                notice=lambda line: print(line, flush=True),
+                notice=notice,
                 api_key_present=has_wandb_key(),
                 request_stop=lambda: _request_stop(blobs, assignment.run),
             )
         )
     metrics = Journal(blobs, f"{folder}/metrics.jsonl", writer=writer)
-    return RunTracker(metrics=metrics, events=events, sinks=sinks, attempt=assignment.attempt, catalogue=names)
+    tracker = RunTracker(metrics=metrics, events=events, sinks=sinks, attempt=assignment.attempt, catalogue=names)
+    return tracker
 
 
 def _request_stop(blobs: Blobs, run: str) -> None:
