@@ -107,6 +107,8 @@ def decode(cls: type[T], value: Any, *, where: str = "record") -> T:
     """
     try:
         return typing.cast("T", _decode(cls, value, where))
+    except ConfigError as error:  # a class refused a value that it would not have written
+        raise IntegrityError(f"{where}: {error.message}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{where}: not a {cls.__name__} ({error})") from None
 
@@ -133,25 +135,39 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return _decode(next(arg for arg in args if arg is not type(None)), value, where)
     if origin in (tuple, list):
         container = tuple if origin is tuple else list
-        return container(_decode(args[0] if args else Any, item, f"{where}[{i}]") for i, item in enumerate(value))
+        return container(
+            _decode(_item_hint(args, i), item, f"{where}[{i}]") for i, item in enumerate(_of(list, value, where))
+        )
     if origin is dict:
-        return {key: _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _decode(args[1], item, f"{where}.{key}") for key, item in _of(dict, value, where).items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _decode_dataclass(hint, value, where)
+        return _decode_dataclass(hint, _of(dict, value, where), where)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return hint(value)
-    if hint is float and isinstance(value, int):
+    if hint is float and type(value) is int:
         return float(value)
+    return _of(hint, value, where) if hint in (bool, int, float, str) else value
+
+
+def _item_hint(args: tuple[Any, ...], index: int) -> Any:
+    """What the items of `tuple[int, str]`, `tuple[int, ...]`, `list[int]` or a bare `tuple` are."""
+    if not args:
+        return Any
+    return args[min(index, len(args) - 1)] if Ellipsis not in args else args[0]
+
+
+def _of(kind: type, value: Any, where: str) -> Any:
+    # By exact type: True is an int to Python and not to JSON.
+    if type(value) is not kind and not (kind is list and isinstance(value, tuple)):
+        raise IntegrityError(f"{where}: got {type(value).__name__}, expected {kind.__name__}")
     return value
 
 
 def _decode_dataclass(cls: type, value: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise IntegrityError(f"{where}: got {type(value).__name__}, expected an object of {cls.__name__}")
     fields = dict(value)
-    if "kind" in fields and "kind" not in {f.name for f in dataclasses.fields(cls)}:
-        kind = fields.pop("kind")
-        family = _family(cls)
+    family = _family(cls)
+    if family and "kind" not in {f.name for f in dataclasses.fields(cls)}:
+        kind = fields.pop("kind", None)
         if kind not in family:
             raise IntegrityError(f"{where}.kind: got {kind!r}, expected one of {sorted(family)}")
         cls = family[kind]

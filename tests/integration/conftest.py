@@ -27,7 +27,7 @@ train: {epochs: 6, log_every: 10ms}
 track: {wandb: disabled}
 """
 
-PREPARE_PY = '''
+PREPARE_PY = """
 import random
 from treadle.data import Draft, Row, Tokens
 
@@ -36,7 +36,7 @@ def prepare(spec):
     words = sorted({"".join(rng.choice("abcde") for _ in range(rng.randint(2, 7))) for _ in range(700)})
     rows = [Row(entity=w, inputs=list(w), target=[c.upper() for c in w for _ in range(2)]) for w in words]
     return Draft(rows=rows, inputs=Tokens(), labels=tuple("ABCDE"), licence="made up")
-'''
+"""
 
 
 @dataclass(frozen=True)

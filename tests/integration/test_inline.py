@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,14 +18,14 @@ def weights(treadle, ref):
     return registry.read(registry.resolve(ref), "model.safetensors")
 
 
-def wait_for_update(treadle, process, at_least=5, seconds=60):
-    """The id of the newest run, once it has logged that many updates."""
+def wait_for_update(treadle, process, at_least=5, seconds=60, after=""):
+    """The id of the newest run, once it has logged that many updates; `after` is a run from before."""
     blobs = open_blobs(treadle.environment["TREADLE_STORE"])
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         runs = Runs(blobs).list()
-        path = blobs.local_path(f"runs/{runs[0].run}/metrics.jsonl") if runs else None
+        path = blobs.local_path(f"runs/{runs[0].run}/metrics.jsonl") if runs and runs[0].run != after else None
         if path is not None and path.exists():
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             if rows and rows[-1]["update"] >= at_least:
@@ -54,8 +55,7 @@ def test_the_verbs_of_a_run(treadle, toy):
     assert "train/loss" in treadle("status", run).out
     assert treadle("logs", run).code == 0
     page = treadle.ok("report", run, "-o", "r.html")["report"]
-    with open(page, encoding="utf-8") as file:
-        assert "letter_error_rate" in file.read()
+    assert "letter_error_rate" in Path(page).read_text(encoding="utf-8")
     # a model, promoted and asked in this process
     assert treadle.ok("models", "promote", "toy@1")["change"]["after"] == 1
     assert [m["aliases"] for m in treadle.ok("models", "ls")["models"]] == [["production"]]
@@ -77,7 +77,7 @@ def test_ctrl_c_commits_and_resume_ends_in_the_same_bits(treadle, toy, interrupt
     options = ["./toy", "train.epochs=25", "model.dropout=0.3", "precision=fp32"]
     whole = treadle.ok("submit", *options, "--follow")
     process = treadle.start("submit", *options, "--follow", "--json")
-    run = wait_for_update(treadle, process)
+    run = wait_for_update(treadle, process, after=whole["run"])
     interrupt(process)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -115,7 +115,8 @@ def test_a_killed_driver_is_a_failed_run_that_can_be_resumed(treadle, toy):
     events = open_blobs(treadle.environment["TREADLE_STORE"]).get(f"runs/{run}/events.jsonl").decode()
     assert '"event":"restored"' in events
     treadle.ok("stop", run)
-    assert resumed.wait(timeout=30) == 0
+    _, err = resumed.communicate(timeout=30)
+    assert resumed.returncode == 0, err
 
 
 @pytest.mark.parametrize(

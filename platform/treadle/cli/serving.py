@@ -43,7 +43,8 @@ def serve(
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     changes = {name: value for name, value in asked.items() if value is not None}
-    with serve_model(model, store_uri=blobs.uri, changes=changes, address=address) as endpoint, _noted(blobs, endpoint):
+    made = serve_model(model, store_uri=blobs.uri, overrides=changes, address=address)
+    with made as endpoint, _noted(blobs, endpoint):
         body = {"url": endpoint.url, "model": endpoint.model, "version": endpoint.version}
         example = f"treadle predict {model} INPUT   or   POST {endpoint.url}/predict"
         answer(as_json, body, f"{endpoint.model}@{endpoint.version} answers at {endpoint.url}")
@@ -112,13 +113,13 @@ def predict(
 
 def _endpoint(blobs: Any, version: Any) -> str | None:
     """Where exactly this version is served, if it still is."""
-    from treadle.serve.client import is_up
+    from treadle.serve.client import is_answering
 
     try:
         noted = json.loads(blobs.get(f"endpoints/{version.name}.json"))
     except (NotFoundError, ValueError):
         return None
-    if noted.get("version") != version.version or not is_up(noted["url"]):
+    if noted.get("version") != version.version or not is_answering(noted["url"]):
         return None
     return str(noted["url"])
 

@@ -92,8 +92,10 @@ def build_dataset(
 
 def _place(rows: Sequence[Row], spec: DataSpec) -> list[tuple[Row, str]]:
     """Each kept row with its split: the source's where it says one, else by hash of the entity."""
-    given = {row.entity for row in rows if row.split is not None and row.split != "train"}
-    free = {row.entity for row in rows} - given
+    if wrong := sorted({row.split for row in rows if row.split is not None} - set(SPLITS)):
+        raise DataError(f"split: got {', '.join(map(repr, wrong))}, expected one of {', '.join(SPLITS)}, or none")
+    given = {row.entity: row.split for row in rows if row.split is not None and row.split != "train"}
+    free = {row.entity for row in rows} - given.keys()
     try:
         test = 0 if given else spec.test
         splits = assign_splits(free, valid=spec.valid, test=test, limit=spec.limit, seed=spec.seed)
@@ -101,7 +103,7 @@ def _place(rows: Sequence[Row], spec: DataSpec) -> list[tuple[Row, str]]:
         raise DataError(f"data: {error}", hint="smaller data.valid, data.test, or a larger data.limit") from None
     placed: list[tuple[Row, str]] = []
     for row in rows:
-        split = row.split if row.entity in given else splits.get(row.entity)
+        split = row.split or given[row.entity] if row.entity in given else splits.get(row.entity)
         if split is not None:
             placed.append((row, split))
     return placed
@@ -113,9 +115,9 @@ def _fit(draft: Draft, train: Sequence[Row]) -> Preprocessing:
     if isinstance(draft.inputs, Tokens):
         symbols = sorted({symbol for row in train for symbol in row.inputs})
         return Preprocessing(symbols=(UNKNOWN, *symbols), channels=(), mean=(), deviation=(), labels=draft.labels)
-    width = len(draft.inputs.channels)
-    stacked = [np.asarray(row.inputs, np.float64) for row in train]
-    values = np.concatenate([a for a in stacked if a.ndim == 2 and a.shape[1] == width] or [np.zeros((1, width))])
+    # Rows that _encode will refuse do not matter here: nothing is written then.
+    fine = [values for row in train if (values := _finite_frames(row, draft.inputs)) is not None]
+    values = np.concatenate(fine or [np.zeros((1, len(draft.inputs.channels)))]).astype(np.float64)
     deviation = values.std(axis=0)
     return Preprocessing(
         symbols=(),
@@ -163,8 +165,17 @@ def _encode(
     return encoded
 
 
+def _finite_frames(row: Row, inputs: Frames) -> NDArray[np.float32] | None:
+    try:
+        values, _ = _frames(row, inputs)
+    except ValueError:
+        return None
+    return values.reshape(-1, len(inputs.channels))
+
+
 def _frames(row: Row, inputs: Frames) -> tuple[NDArray[np.float32], int]:
-    values = np.asarray(row.inputs, np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and said below
+        values = np.asarray(row.inputs).astype(np.float32)
     if values.ndim != 2 or values.shape[1] != len(inputs.channels):
         raise ValueError(f"inputs: got shape {values.shape}, expected [T, {len(inputs.channels)}]")
     if not np.isfinite(values).all():
@@ -289,6 +300,8 @@ def _columns(encoded: Sequence[_Encoded], spots: Sequence[tuple[int, int]]) -> d
         "block": np.array([block for block, _ in spots], np.uint32),
         "row": np.array([row for _, row in spots], np.uint32),
         "entity": np.array([entity(e) for e in encoded], np.uint64),
+        # Equal inputs of one entity are one question with several accepted answers (train/evaluate.py).
+        "inputs": np.array([xxhash.xxh3_64_intdigest(e.values.tobytes()) for e in encoded], np.uint64),
     }
 
 

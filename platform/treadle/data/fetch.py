@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from treadle.errors import DataError, IntegrityError, TransientError
+from treadle.units import format_bytes
 
 __all__ = ["fetch"]
 
 _TIMEOUT_S = 60
-_MAX_MEMBER_BYTES = 2 << 30
+_MAX_BYTES = 2 << 30
+"""Of one file, and of one archive."""
 
 
 def fetch(source: str | None, sha256: Mapping[str, str]) -> dict[str, bytes]:
@@ -27,28 +31,34 @@ def fetch(source: str | None, sha256: Mapping[str, str]) -> dict[str, bytes]:
         sha256: expected digest by file name.
 
     Raises:
-        DataError: no source, or a file is not there. IntegrityError: a file has another digest.
-        TransientError: the URL could not be read.
+        DataError: no source, a file is not there or too large. IntegrityError: a file has another
+            digest, or the archive is damaged. TransientError: the URL could not be read.
     """
     if not source:
         raise DataError("data.source: not given", hint="data.source=<a URL, or the folder that holds the files>")
+    read = _opened(source)
     found: dict[str, bytes] = {}
     for name, expected in sha256.items():
-        data = _read(source, name)
+        data = read(name)
         digest = hashlib.sha256(data).hexdigest()
         if digest != expected:
-            raise IntegrityError(f"{source}: {name}: got sha256 {digest}, expected {expected}")
+            raise IntegrityError(
+                f"{source}: {name}: got sha256 {digest}, expected {expected}",
+                hint="another data.source, or the new data.sha256 if the file is meant to have changed",
+            )
         found[name] = data
     return found
 
 
-def _read(source: str, name: str) -> bytes:
-    remote = source.startswith(("http://", "https://"))
-    if source.endswith(".zip"):
-        return _member(_download(source) if remote else _file(Path(source)), source, name)
+def _opened(source: str) -> Callable[[str], bytes]:
+    """How to read a file of `source` by its name; an archive is read once."""
+    remote = urllib.parse.urlsplit(source) if source.startswith(("http://", "https://")) else None
+    if (remote.path if remote else source).endswith(".zip"):
+        archive = _download(source) if remote else _file(Path(source).expanduser())
+        return lambda name: _member(archive, source, name)
     if remote:
-        return _download(f"{source.rstrip('/')}/{urllib.parse.quote(name)}")
-    return _file(Path(source).expanduser() / name)
+        return lambda name: _download(f"{source.rstrip('/')}/{urllib.parse.quote(name)}")
+    return lambda name: _file(Path(source).expanduser() / name)
 
 
 def _file(path: Path) -> bytes:
@@ -64,18 +74,29 @@ def _member(archive: bytes, source: str, name: str) -> bytes:
             info = next((i for i in files.infolist() if i.filename.rsplit("/", 1)[-1] == name), None)
             if info is None:
                 raise DataError(f"{source}: holds no file {name}")
-            if info.file_size > _MAX_MEMBER_BYTES:
-                raise DataError(f"{source}: {name}: got {info.file_size} bytes, expected at most {_MAX_MEMBER_BYTES}")
+            _check_size(f"{source}: {name}", info.file_size)  # no more than this is unpacked, whatever follows
             return files.read(info)
-    except zipfile.BadZipFile as error:
-        raise IntegrityError(f"{source}: not a zip archive ({error})") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise IntegrityError(f"{source}: not a zip archive that can be read ({error})") from None
 
 
 def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - scheme checked by the caller
-            return answer.read()
+            data = answer.read(_MAX_BYTES + 1)
+            # Reading a part does not notice a connection that ends early.
+            missing = int(answer.headers.get("Content-Length") or len(data)) - len(data)
     except urllib.error.HTTPError as error:
-        raise DataError(f"{url}: the server answers {error.code} {error.reason}") from None
-    except (urllib.error.URLError, OSError) as error:
+        kind = TransientError if error.code in (408, 429) or error.code >= 500 else DataError
+        raise kind(f"{url}: the server answers {error.code} {error.reason}") from None
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise TransientError(f"{url}: {error}", hint="download it elsewhere and give data.source=<folder>") from None
+    _check_size(url, len(data))
+    if missing > 0:
+        raise TransientError(f"{url}: the connection ended {missing} bytes early")
+    return data
+
+
+def _check_size(what: str, size: int) -> None:
+    if size > _MAX_BYTES:
+        raise DataError(f"{what}: got {format_bytes(size)} or more, expected at most {format_bytes(_MAX_BYTES)}")

@@ -38,7 +38,6 @@ class Batch:
         lengths_B: time steps of each row, int64.
         labels_BU: label ids, padded with 0. label_lengths_B: how many of them count.
         rows_B: row numbers in the manifest.
-        weight: 1, or 0 for a stand-in that keeps ranks in step and must not count.
     """
 
     inputs: NDArray[Any]
@@ -46,7 +45,6 @@ class Batch:
     labels_BU: NDArray[np.int64]
     label_lengths_B: NDArray[np.int64]
     rows_B: NDArray[np.int64]
-    weight: float = 1.0
 
     @property
     def frames(self) -> int:
@@ -58,7 +56,7 @@ class Batch:
 
 
 class RowReader:
-    """Reads rows by number, block by block, each block checked when it is first touched.
+    """Reads rows by number, block by block, each block checked when it is read. Threads may share it.
 
     Args:
         blobs: where the shards are; local folders are mapped into memory, others read by range.
@@ -72,8 +70,9 @@ class RowReader:
         self._blocks: OrderedDict[int, _Decoded] = OrderedDict()
         self._maps: dict[str, pa.Buffer] = {}
         self._schemas: dict[str, pa.Schema] = {}
+        self._lock = threading.Lock()
 
-    def batch(self, rows_B: NDArray[np.int64], *, weight: float = 1.0) -> Batch:
+    def batch(self, rows_B: NDArray[np.int64]) -> Batch:
         """The padded batch of these rows.
 
         Raises:
@@ -91,7 +90,6 @@ class RowReader:
             labels_BU=labels_BU,
             label_lengths_B=label_lengths,
             rows_B=rows_B,
-            weight=weight,
         )
 
     def entity(self, row: int) -> str:
@@ -110,14 +108,15 @@ class RowReader:
         return values, labels
 
     def _block(self, number: int) -> _Decoded:
-        found = self._blocks.get(number)
-        if found is None:
-            found = self._blocks[number] = self._read(number)
-            if len(self._blocks) > self._cache_blocks:
-                self._blocks.popitem(last=False)
-        else:
-            self._blocks.move_to_end(number)
-        return found
+        with self._lock:  # evaluation reads on the main thread while the next batches are read ahead
+            found = self._blocks.get(number)
+            if found is None:
+                found = self._blocks[number] = self._read(number)
+                if len(self._blocks) > self._cache_blocks:
+                    self._blocks.popitem(last=False)
+            else:
+                self._blocks.move_to_end(number)
+            return found
 
     def _read(self, number: int) -> _Decoded:
         block = self._manifest.header.blocks[number]

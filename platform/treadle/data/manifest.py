@@ -32,6 +32,7 @@ _COLUMNS = pa.schema(
         ("block", pa.uint32()),
         ("row", pa.uint32()),
         ("entity", pa.uint64()),
+        ("inputs", pa.uint64()),
     ]
 )
 
@@ -90,7 +91,7 @@ class Header:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Manifest:
-    """Rows by number: split, length, labels, label_frames, block, row within it, entity hash."""
+    """Rows by number: split, length, labels, label_frames, block, row within it, hashes of entity and inputs."""
 
     header: Header
     columns: dict[str, NDArray[Any]]
@@ -116,8 +117,9 @@ class Manifest:
         try:
             table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
             meta = table.schema.metadata[b"treadle"]
-        except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
-            raise IntegrityError(f"{where}: not a manifest ({error})") from None
+            table = table.cast(_COLUMNS)
+        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"{where}: not a manifest ({error})", hint="prepare the data set again") from None
         header = wire.unrecord(Header, meta, kind="dataset", schema=SCHEMA, where=where)
         return cls(header=header, columns={name: table.column(name).to_numpy() for name in table.column_names})
 

@@ -1,7 +1,7 @@
 """Where prepared data sets are found in a store: by name and recipe.
 
-A recipe is the digest of what a data set is made by: the data section of the job and the text of
-its preparation script. Two recipes of one name live side by side; the same recipe twice is one.
+A recipe is the digest of what a data set is made by: the data section of the job, the text of its
+preparation script, and the form of the manifest. Two recipes of one name live side by side; the same recipe twice is one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from treadle import wire
-from treadle.data.manifest import Manifest
+from treadle.data.manifest import SCHEMA, Manifest
 from treadle.errors import DataError, NotFoundError
 from treadle.spec import DataSpec
 
@@ -29,7 +29,7 @@ def recipe_digest(spec: DataSpec, script: Path) -> str:
     body = wire.encode(spec)
     if spec.sha256:
         del body["source"]
-    return wire.digest({"data": body, "script": hashlib.sha256(script.read_bytes()).hexdigest()})
+    return wire.digest({"data": body, "script": hashlib.sha256(script.read_bytes()).hexdigest(), "schema": SCHEMA})
 
 
 def note_dataset(blobs: Readable, name: str, recipe: str, digest: str) -> None:

@@ -109,8 +109,9 @@ def _build(
 ) -> tuple[Run, Manifest]:
     import torch
 
+    from treadle import wire
     from treadle.data import RowReader, load_manifest
-    from treadle.errors import InternalError
+    from treadle.errors import InternalError, TransientError
     from treadle.nn import build_network
     from treadle.track import NullTracker
     from treadle.train import (
@@ -137,10 +138,12 @@ def _build(
     track = tracker or NullTracker()
     state = TrainState()
     found = checkpoints.restore()
+    if not world.agree(wire.digest(found[0].prefix if found else "")):
+        raise TransientError("checkpoint: the ranks read different ones", hint=f"treadle resume {assignment.run}")
     if found is not None:
         kept, files = found
         unpack(files, network, optimizer)
-        state = TrainState(**kept.state)
+        state = TrainState.from_json(kept.state, where=f"{kept.prefix}: state")
         track.event("restored", update=state.update, epoch=state.epoch)
         precision = PrecisionChoice(
             name=state.precision, device=world.device.type, why="as before the restart", probe_ms={}
@@ -149,6 +152,7 @@ def _build(
         precision = choose_precision(spec.precision.mode, network, task, feed.largest(), world)
         state = TrainState(precision=precision.name)
     track.event("precision", format=precision.name, why=precision.why, probe_ms=precision.probe_ms)
+    world.share_weights(network)
 
     def evaluator(split: str) -> Evaluator:
         return Evaluator(spec, manifest, reader, split=split, task=task, world=world)
@@ -158,7 +162,6 @@ def _build(
         world=world,
         task=task,
         network=network,
-        model=world.wrap(network),
         optimizer=optimizer,
         precision=precision,
         feed=feed,
@@ -287,20 +290,25 @@ class _Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="treadle-saver")
         self._pending: Future[Any] | None = None
         self._saved_at = time.monotonic()
-        self._saved_update = -1
+        self._saved_update = -1  # none by this attempt
+        self._counted_from: int | None = None
 
     def is_due(self, state: TrainState) -> bool:
         if self._pending is not None and not self._pending.done():
             return False  # one commit in flight; the next state is newer anyway
+        if self._counted_from is None:
+            self._counted_from = state.update
         every = self._spec.every_updates
-        by_count = every is not None and state.update - max(0, self._saved_update) >= every
+        # At multiples of `every`, whatever was resumed from; later where a commit was in flight at one.
+        by_count = every is not None and (state.update + 1) // every > self._counted_from // every
         return by_count or time.monotonic() - self._saved_at >= self._spec.every_s
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         if state.update == self._saved_update:
             return
         self.wait()
-        self._saved_update, self._saved_at = state.update, time.monotonic()
+        self._saved_update = self._counted_from = state.update
+        self._saved_at = time.monotonic()
         self._pending = self._pool.submit(self._commit, state, tensors)
 
     def wait(self) -> None:
@@ -345,9 +353,10 @@ class _Mailbox:
         return self._stop.is_set()
 
     def wants_checkpoint(self) -> bool:
-        wanted = self._checkpoint.is_set()
-        self._checkpoint.clear()
-        return wanted
+        if not self._checkpoint.is_set():
+            return False
+        self._checkpoint.clear()  # only what was seen: a wish that arrives meanwhile stays
+        return True
 
     def close(self) -> None:
         self._closed.set()

@@ -121,13 +121,13 @@ def make_plan(spec: JobSpec, card: DataCard, capacity: Capacity) -> Plan:
     if train is None or not len(train.lengths_N):
         raise DataError(f"data.{card.name}: got no training rows, expected at least one")
     world = max(1, spec.cluster.workers)
+    _check_devices(spec, capacity)
     lanes = spec.batch.lanes or world
     if lanes < world:
         raise ConfigError(
             f"batch.lanes: got {lanes}, expected at least cluster.workers = {world}",
             hint=f"batch.lanes={world} or cluster.workers={lanes}",
         )
-    _check_devices(spec, capacity)
     rows = trainable_rows(train, spec.task)
     if not len(rows):
         raise DataError("task: every target is longer than its input allows", hint="a larger task.frames_per_step")

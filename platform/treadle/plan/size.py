@@ -55,7 +55,7 @@ def _head_width(task: TaskSpec, signature: Signature) -> int:
 def training_bytes(
     model: ModelSpec, task: TaskSpec, signature: Signature, optim: OptimSpec, *, slots: int, world: int
 ) -> int:
-    """Bytes of one worker at its peak, an estimate: weights, gradients, moments, DDP's buckets, activations.
+    """Bytes of one worker at its peak, an estimate: weights, gradients, moments, the ranks' sum, activations.
 
     Accuracy: within a factor of two of the resident growth of a real worker; meant to refuse what
     cannot fit, not to fill a device to the brim.

@@ -13,7 +13,7 @@ from typing import Any
 
 from treadle.errors import ConfigError, InternalError, OverloadError, RequestError, TransientError, TreadleError
 
-__all__ = ["VERSION_HEADER", "ask"]
+__all__ = ["VERSION_HEADER", "ask", "is_answering"]
 
 VERSION_HEADER = "X-Treadle-Version"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -52,6 +52,16 @@ def ask(url: str, inputs: Sequence[Any], *, timeout_s: float = 30.0) -> dict[str
     if not isinstance(answer, dict):
         raise TransientError(f"{url}: got an answer of another server, expected a treadle endpoint")
     return answer
+
+
+def is_answering(url: str, *, timeout_s: float = 5.0) -> bool:
+    """Whether a healthy endpoint is at `url`, `http://HOST:PORT`."""
+    address = urllib.parse.urljoin(_address(url), "/healthz")
+    try:
+        with _opener(address).open(address, timeout=timeout_s) as answer:
+            return answer.status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def _address(url: str) -> str:

@@ -11,6 +11,7 @@ succeeded is lost, its retry is refused (412); the nonce then tells the winner f
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import secrets
 import time
@@ -31,6 +32,9 @@ from botocore.config import Config
 
 from treadle.errors import ConfigError, ConflictError, IntegrityError, NotFoundError, TransientError, TreadleError
 from treadle.store.blobs import Entry, check_key, check_prefix, check_range, is_key
+
+# Where the root logger shows INFO (Ray Train's workers), botocore tells where it found each setting.
+logging.getLogger("botocore").setLevel(logging.WARNING)
 
 __all__ = ["S3Blobs", "S3Options"]
 

@@ -39,7 +39,7 @@ class Evaluation:
 
     Args:
         metrics: "loss" first, then the task's, headline next.
-        num_rows: entities judged. confusion: counts [K + 1, K + 1] of (wanted, answered) labels, the last
+        num_rows: questions judged, see `Evaluator`. confusion: counts [K + 1, K + 1] of (wanted, answered) labels, the last
             of each for "nothing".
         samples: some rows of this rank.
     """
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates on one split. An entity counts once; any of its listed targets is right.
+    """Evaluates on one split. Rows of one entity with equal inputs are one question; any of their targets is right.
 
     Rows are dealt to the ranks sorted by length without noise, so that nearly nothing is padded.
     """
@@ -65,10 +65,10 @@ class Evaluator:
         self._labels = manifest.header.preprocessing.labels
         self._symbols = manifest.header.preprocessing.symbols
         rows = manifest.rows_of(split)
-        entities = manifest.columns["entity"][rows]
-        order = np.argsort(entities, kind="stable")
-        _, starts = np.unique(entities[order], return_index=True)
-        self._alternatives = np.split(rows[order], starts[1:]) if len(rows) else []
+        entities, inputs = manifest.columns["entity"][rows], manifest.columns["inputs"][rows]
+        order = np.lexsort((inputs, entities))
+        changes = (np.diff(entities[order]) != 0) | (np.diff(inputs[order]) != 0)
+        self._alternatives = np.split(rows[order], np.flatnonzero(changes) + 1) if len(rows) else []
         self._lengths = manifest.columns["length"]
         self._batch = BatchSpec(slots=max(spec.batch.slots, self._longest()), max_rows=spec.batch.max_rows, noise=0.0)
 

@@ -76,10 +76,9 @@ class Feed:
             epoch, index = epoch + 1, 0
 
     def _micros(self, plan: EpochPlan, update: int) -> Iterator[Micro]:
+        """This rank's lanes of the update's rounds; none where the round of the rest has no rows for them."""
         for number in plan.rounds_of(update):
             for lane in range(self._world.rank, self._lanes, self._world.size):
                 rows = plan.lane_rows(number, lane)
-                weight = 1.0 if len(rows) else 0.0
-                # A rank without rows in the round of the rest still takes part in the gradient's sum.
-                kept = rows if len(rows) else plan.round_rows(number)[:1]
-                yield Micro(number=number, lane=lane, batch=self._reader.batch(self._rows[kept], weight=weight))
+                if len(rows):
+                    yield Micro(number=number, lane=lane, batch=self._reader.batch(self._rows[rows]))

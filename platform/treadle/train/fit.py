@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from treadle.train.world import World
 
 __all__ = ["Checkpointer", "Control", "Outcome", "Run", "fit"]
 
-T = TypeVar("T")
-
-
 class Checkpointer(Protocol):
     """Writes states; only rank 0's does."""
 
@@ -39,7 +36,7 @@ class Checkpointer(Protocol):
         ...
 
     def is_due(self, state: TrainState) -> bool:
-        """Whether it is time to save."""
+        """Whether to save after the update that `state` is about to take."""
         ...
 
 
@@ -55,7 +52,6 @@ class Run:
     """Everything a rank needs, built by `treadle.launch.worker`.
 
     Args:
-        network: the network itself. model: the same, wrapped for its world.
         start: the state to go on from. log_every_s: least time between two rows of metrics.
     """
 
@@ -63,7 +59,6 @@ class Run:
     world: World
     task: Task
     network: nn.Module
-    model: nn.Module
     optimizer: torch.optim.Optimizer
     precision: PrecisionChoice
     feed: Feed
@@ -92,21 +87,20 @@ def fit(run: Run) -> Outcome:
     counts, so that all ranks take it at the same update.
 
     Raises:
-        DivergenceError: loss or gradient norm is not finite.
+        DivergenceError: the gradient norm is not finite; no state after it has been saved.
     """
     state, meters = run.start, Meters(run)
     for update in meters.waiting(run.feed.starting_at(state.epoch, state.index)):
         count, frames, rows, stop, save, log = run.world.sum([*_counts(run, update), *_signals(run, state, meters)])
-        run.model.train()
-        for micro, is_last in mark_last(update.micros):
-            seed_dropout(run.spec.train.seed, state.update, micro)
-            with run.world.gradient_sync(run.model, when=is_last):
-                with run.precision.autocast():
-                    logits = run_network(run.model, micro.batch, run.world.device)
-                    loss = run.task.loss_sum(logits, micro.batch) * micro.batch.weight
-                # DDP averages over ranks; the loss is a sum over all of them divided by one count.
-                (loss * (run.world.size / count)).backward()
+        run.network.train()
+        for micro in update.micros:
+            seed_dropout(run, state, micro)
+            with run.precision.autocast():
+                loss = run.task.loss_sum(run_network(run.network, micro.batch, run.world.device), micro.batch)
+            # A sum over one count of all ranks: neither padding nor the split into batches can bias it.
+            (loss / count).backward()
             meters.add_loss(loss.detach())
+        run.world.sum_gradients(run.network)
         norm = clip_gradients(run)
         rate = learning_rate(run.spec.optim, progress(run.spec, update))
         for group in run.optimizer.param_groups:
@@ -133,11 +127,11 @@ def fit(run: Run) -> Outcome:
 
 
 def _counts(run: Run, update: Update) -> tuple[float, float, float]:
-    kept = [micro.batch for micro in update.micros if micro.batch.weight]
+    batches = [micro.batch for micro in update.micros]
     return (
-        sum(run.task.count(batch) for batch in kept),
-        float(sum(batch.frames for batch in kept)),
-        float(sum(len(batch.lengths_B) for batch in kept)),
+        sum(run.task.count(batch) for batch in batches),
+        float(sum(batch.frames for batch in batches)),
+        float(sum(len(batch.lengths_B) for batch in batches)),
     )
 
 
@@ -166,16 +160,14 @@ def _save(run: Run, state: TrainState, meters: Meters) -> None:
         run.track.log(state.update, {"ckpt/update": state.update, "ckpt/save_s": time.monotonic() - started})
 
 
-def mark_last(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-    """Each item with whether it is the last."""
-    for i, item in enumerate(items):
-        yield item, i + 1 == len(items)
-
-
-def seed_dropout(seed: int, update: int, micro: Micro) -> None:
+def seed_dropout(run: Run, state: TrainState, micro: Micro) -> None:
     """Key the dropout of a microbatch by its place in the plan, never by rank: any world draws the same."""
-    key = wire.digest([seed, update, micro.number, micro.lane])
-    torch.manual_seed(int(key[:15], 16))
+    key = int(wire.digest([run.spec.train.seed, state.update, micro.number, micro.lane])[:15], 16)
+    if run.world.device.type == "cpu":
+        # Not torch.manual_seed: without CUDA it formats a stack trace for a later CUDA, 0.2 ms a call.
+        torch.default_generator.manual_seed(key)
+    else:
+        torch.manual_seed(key)
 
 
 def clip_gradients(run: Run) -> Tensor:
@@ -217,7 +209,7 @@ class Meters:
         return time.monotonic() - self._since >= self._run.log_every_s
 
     def add_loss(self, loss: Tensor) -> None:
-        self._losses.append(loss.double())
+        self._loss = self._loss + loss.double()
 
     def add_update(self, *, count: float, frames: float, rows: float, slots: float, norm: Tensor) -> None:
         self._updates += 1
@@ -239,7 +231,7 @@ class Meters:
         if self._norm is not None and not bool(torch.isfinite(self._norm)):
             raise DivergenceError(
                 f"training diverged by update {state.update}: the gradient norm is not finite",
-                hint="a smaller optim.lr, or optim.clip_norm; the last checkpoint is sound: treadle resume",
+                hint="a new run with a smaller optim.lr, or with optim.clip_norm; resuming this one gives the same",
                 update=state.update,
             )
 
@@ -247,8 +239,7 @@ class Meters:
         """Write the row since the last one; the only point where the host waits for the device."""
         self.check_finite(state)
         elapsed = max(1e-9, time.monotonic() - self._since)
-        own_loss = float(torch.stack(self._losses).sum())
-        loss, slots = self._run.world.sum([own_loss, self._slots])
+        loss, slots = self._run.world.sum([float(self._loss), self._slots])
         metrics: dict[str, Any] = {
             "trainer/update": state.update,
             "trainer/epoch": update.epoch + (update.index + 1) / update.num_updates,
@@ -271,7 +262,7 @@ class Meters:
 
     def _reset(self) -> None:
         self._since = time.monotonic()
-        self._losses: list[Tensor] = []
+        self._loss: Tensor | float = 0.0
         self._updates, self._count, self._frames, self._rows, self._slots = 0, 0.0, 0.0, 0.0, 0.0
         self._wait_s = 0.0
         self._norm = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import safetensors
@@ -11,12 +11,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from treadle import wire
 from treadle.errors import IntegrityError
 
 __all__ = ["TrainState", "load_weights", "pack", "snapshot", "unpack"]
 
 MODEL_FILE = "model.safetensors"
 OPTIM_FILE = "optim.safetensors"
+STEP = "step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,16 @@ class TrainState:
         return replace(self, update=self.update + 1, epoch=epoch, index=index, frames_seen=self.frames_seen + frames)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return wire.encode(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, where: str) -> TrainState:
+        """The state that `to_json` gave.
+
+        Raises:
+            IntegrityError: unknown or missing fields, or values of another form.
+        """
+        return wire.decode(cls, value, where=where)
 
 
 def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -70,16 +81,34 @@ def unpack(files: Mapping[str, bytes], network: nn.Module, optimizer: torch.opti
     """Put a checkpoint's files back into a network and an optimizer of the same spec.
 
     Raises:
-        IntegrityError: missing, additional or differently shaped tensors.
+        IntegrityError: a file is missing, or its tensors are not those of this network and optimizer.
     """
+    if missing := sorted({MODEL_FILE, OPTIM_FILE} - files.keys()):
+        raise IntegrityError(f"checkpoint: got no {', '.join(missing)}")
+    moments = _moments(files[OPTIM_FILE], network)
     load_weights(network, files[MODEL_FILE], where=MODEL_FILE)
-    moments = _tensors(files[OPTIM_FILE], OPTIM_FILE)
     for name, p in network.named_parameters():
-        found = {key.rsplit("/", 1)[1]: value for key, value in moments.items() if key.rsplit("/", 1)[0] == name}
-        # AdamW keeps its step count on the CPU whatever the device of its moments.
-        optimizer.state[p] = {key: value if value.ndim == 0 else value.to(p.device) for key, value in found.items()}
-        if any(value.ndim and value.shape != p.shape for value in found.values()):
-            raise IntegrityError(f"{OPTIM_FILE}: {name}: shape differs from the network's {tuple(p.shape)}")
+        optimizer.state[p] = moments.get(name, {})
+
+
+def _moments(data: bytes, network: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What the optimizer keeps of each parameter: of all of them the same, or of none before the first update."""
+    parameters = dict(network.named_parameters())
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in _tensors(data, OPTIM_FILE).items():
+        name, _, kind = key.rpartition("/")
+        p = parameters.get(name)
+        if p is None:
+            raise IntegrityError(f"{OPTIM_FILE}: got {key}, expected parameters of this network")
+        if kind == STEP:  # AdamW counts on the CPU, whatever the device of its moments
+            moments.setdefault(name, {})[kind] = value
+            continue
+        if value.shape != p.shape:
+            raise IntegrityError(f"{OPTIM_FILE}: {key}: got shape {tuple(value.shape)}, expected {tuple(p.shape)}")
+        moments.setdefault(name, {})[kind] = value.to(p.device)
+    if moments and len({frozenset(moments.get(name, {})) for name in parameters}) > 1:
+        raise IntegrityError(f"{OPTIM_FILE}: some parameters lack moments that others have")
+    return moments
 
 
 def load_weights(network: nn.Module, data: bytes, *, where: str) -> None:

@@ -115,6 +115,8 @@ class CtcTask(Task):
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         kept = self._aligned(batch)
+        if not kept.any():
+            return logits.new_zeros((), dtype=torch.float32)
         if not kept.all():  # in evaluation only: training leaves such rows out
             logits = logits[torch.from_numpy(kept).to(logits.device)]
         lengths = torch.from_numpy(batch.lengths_B[kept]) * self.spec.frames_per_step

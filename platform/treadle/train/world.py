@@ -1,16 +1,14 @@
-"""The ranks of a run as one value: who am I, add up, and when gradients travel."""
+"""The ranks of a run as one value: who am I, and what do we hold together."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["World"]
 
@@ -51,24 +49,34 @@ class World:
         if self.size == 1:
             return True
         number = int(digest[:12], 16)  # 48 bits, exact in float64
-        high, low = torch.tensor([number], dtype=torch.float64), torch.tensor([number], dtype=torch.float64)
-        high, low = high.to(self.device), low.to(self.device)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX)
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        return bool(high == low)
+        extremes = torch.tensor([number, -number], dtype=torch.float64, device=self.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        return bool(extremes[0] == -extremes[1])
 
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """`network` with gradients averaged over the ranks, starting from rank 0's weights."""
+    def share_weights(self, network: nn.Module) -> None:
+        """Give every rank rank 0's weights."""
+        if self.size > 1:
+            for tensor in network.state_dict().values():
+                dist.broadcast(tensor, src=0)
+
+    def sum_gradients(self, network: nn.Module) -> None:
+        """Add the gradients of all ranks up, in place; a rank that had no rows adds zeros.
+
+        One all-reduce of one buffer in the order of the parameters, the same at every update.
+        DistributedDataParallel sorts its buckets anew after its first backward pass: from three ranks
+        on, a resumed run would then add in another order than the run it goes on from, and give other
+        bits (tests/unit/train/test_ranks.py). Its overlap with the backward pass is given up for that.
+
+        Cost: two copies of the gradients less one, and one all-reduce.
+        """
         if self.size == 1:
-            return network
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=devices)
-
-    def gradient_sync(self, model: nn.Module, *, when: bool) -> AbstractContextManager[None]:
-        """A context in which backward averages gradients over the ranks, if `when`."""
-        if isinstance(model, DistributedDataParallel) and not when:
-            return model.no_sync()
-        return contextlib.nullcontext()
+            return
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        dist.all_reduce(flat)
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
 
     @contextlib.contextmanager
     def first(self) -> Iterator[bool]:

@@ -1,0 +1,220 @@
+"""Small real runs: a toy data set, a small network, and parts that remember what the loop told them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from treadle.data import Batch, Draft, Frames, Manifest, Row, RowReader, Tokens, build_dataset
+from treadle.nn import build_network
+from treadle.spec import (
+    AdamWSpec,
+    BatchSpec,
+    ClassifySpec,
+    CtcSpec,
+    DataSpec,
+    JobSpec,
+    LstmSpec,
+    SgdSpec,
+    StoreSpec,
+    TrainSpec,
+)
+from treadle.testing import MemoryBlobs
+from treadle.train import (
+    Evaluator,
+    Feed,
+    PrecisionChoice,
+    Run,
+    TrainState,
+    World,
+    build_optimizer,
+    build_task,
+    pack,
+    unpack,
+)
+from treadle.train.task import ClassifyTask
+
+FP32 = PrecisionChoice(name="fp32", device="cpu", why="as asked", probe_ms={})
+LETTERS = "abcdefg"
+SGD = SgdSpec(lr=0.5, momentum=0.5, weight_decay=0.01, clip_norm=0.3)
+ADAMW = AdamWSpec(lr=3e-2, weight_decay=0.01)
+
+
+def toy_words(num: int, *, seed: int = 0) -> list[str]:
+    """Distinct words of 2 to 12 letters, the same in every process."""
+    rng = np.random.default_rng(seed)
+    words: dict[str, None] = {}
+    while len(words) < num:
+        words["".join(rng.choice(list(LETTERS), rng.integers(2, 13)))] = None
+    return list(words)
+
+
+def toy_draft(num: int, *, classes: bool = False) -> Draft:
+    """Words to their upper-case letters (the last letter doubled), or to the class of their first letter."""
+    rows = [
+        Row(entity=w, inputs=list(w), target=[w[0].upper()] if classes else list((w + w[-1]).upper()))
+        for w in toy_words(num)
+    ]
+    return Draft(rows=rows, inputs=Tokens(), labels=tuple(LETTERS.upper()), licence="none")
+
+
+def frames_draft(num: int, *, scale: float = 1.0) -> Draft:
+    """Noise around one of three means, to be told apart."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for i in range(num):
+        values = rng.normal(i % 3, 0.5, (2 + i % 6, 4)) * scale
+        rows.append(Row(entity=str(i), inputs=values, target=["xyz"[i % 3]]))
+    return Draft(rows=rows, inputs=Frames(channels=tuple("abcd")), labels=tuple("xyz"), licence="none")
+
+
+def toy_spec(**changes: Any) -> JobSpec:
+    spec = JobSpec(
+        name="toy",
+        task=CtcSpec(frames_per_step=2, label_name="letter", sequence_name="word"),
+        model=LstmSpec(hidden_size=6, num_layers=2, bidirectional=True, embedding_size=5, dropout=0.3),
+        data=DataSpec(name="toy", valid=10, test=10),
+        batch=BatchSpec(slots=48, lanes=2, rounds_per_update=2),
+        optim=ADAMW,
+        train=TrainSpec(epochs=3, seed=5),
+        store=StoreSpec(uri="/nowhere"),
+    )
+    return dataclasses.replace(spec, **changes)
+
+
+class Toy:
+    """One data set and one spec, from which any number of runs are made."""
+
+    def __init__(self, spec: JobSpec, draft: Draft | None = None) -> None:
+        if draft is None:
+            draft = toy_draft(90, classes=isinstance(spec.task, ClassifySpec))
+        self.spec = spec
+        self.blobs = MemoryBlobs()
+        _, self.manifest = build_dataset(draft, spec.data, self.blobs, recipe="r")
+
+    def feed(self, world: World) -> Feed:
+        return Feed(self.spec, self.manifest, RowReader(self.blobs, self.manifest), lanes=self.lanes(world), world=world)
+
+    def lanes(self, world: World) -> int:
+        return self.spec.batch.lanes or world.size
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(self.spec.train.seed)
+        header = self.manifest.header
+        return build_network(self.spec.model, self.spec.task, header.preprocessing.signature(header.max_length))
+
+    def run(
+        self,
+        *,
+        world: World | None = None,
+        saved: tuple[dict[str, bytes], str] | None = None,
+        stop_after: int | None = None,
+        double: bool = False,
+        precision: PrecisionChoice = FP32,
+    ) -> Run:
+        """A run from the start, or from what `Kept` kept.
+
+        Args:
+            stop_after: ask for a stop at this many updates of the run.
+            double: weights and loss in float64 (classification of tokens only).
+        """
+        world = world or World()
+        network = self.network()
+        task: Any = build_task(self.spec.task, len(self.manifest.header.preprocessing.labels))
+        if double:
+            network, task = network.double(), DoubleTask(self.spec.task, task.num_labels)
+        optimizer = build_optimizer(self.spec.optim, network)
+        start = TrainState(precision=precision.name)
+        if saved is not None:
+            files, state = saved
+            unpack(files, network, optimizer)
+            start = TrainState.from_json(json.loads(state), where="saved")
+        reader = RowReader(self.blobs, self.manifest)
+        valid, test = (
+            Evaluator(self.spec, self.manifest, reader, split=split, task=task, world=world)
+            for split in ("valid", "test")
+        )
+        return Run(
+            spec=self.spec,
+            world=world,
+            task=task,
+            network=network,
+            optimizer=optimizer,
+            precision=precision,
+            feed=Feed(self.spec, self.manifest, reader, lanes=self.lanes(world), world=world),
+            valid=valid,
+            test=test,
+            checkpoints=Kept(),
+            control=Wishes(stop_after, start.update),
+            track=Told(),
+            start=start,
+            log_every_s=0.0,
+        )
+
+
+class DoubleTask(ClassifyTask):
+    """Classification whose loss stays in float64, to compare gradients beyond fp32."""
+
+    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+        return functional.cross_entropy(logits, torch.from_numpy(batch.labels_BU[:, 0]), reduction="sum")
+
+
+class Kept:
+    """Keeps the state of every update as the bytes of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, tuple[dict[str, bytes], str]] = {}
+
+    def is_due(self, state: TrainState) -> bool:
+        return True
+
+    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
+        self.states[state.update] = (pack(tensors), json.dumps(state.to_json()))
+
+    def wait(self) -> None: ...
+
+
+class Wishes:
+    """Asks for a stop at the update that makes `stop_after` of them."""
+
+    def __init__(self, stop_after: int | None, start: int) -> None:
+        self._left = None if stop_after is None else stop_after - start
+
+    def wants_stop(self) -> bool:
+        if self._left is not None:
+            self._left -= 1
+        return self._left == 0
+
+    def wants_checkpoint(self) -> bool:
+        return False
+
+
+class Told:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, update: int, metrics: dict[str, float]) -> None:
+        self.rows.append((update, dict(metrics)))
+
+    def event(self, name: str, /, **facts: Any) -> None: ...
+
+    def close(self, outcome: str) -> None: ...
+
+    def column(self, name: str) -> dict[int, float]:
+        return {update: metrics[name] for update, metrics in self.rows if name in metrics}
+
+
+def weights(run: Run) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in run.network.parameters()])
+
+
+def manifest_rows(manifest: Manifest) -> int:
+    return len(manifest.columns["length"])
