@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -178,24 +177,22 @@ def _build(
 
 def _tracker(assignment: Assignment, blobs: Blobs, spec: JobSpec, plan: Any) -> RunTracker:
     from treadle import wire
-    from treadle.errors import InternalError
     from treadle.launch.surroundings import has_wandb_key, wandb_folder
     from treadle.spec import WandbMode
     from treadle.store import Journal
-    from treadle.track import RunTracker, catalogue
+    from treadle.track import RunTracker, catalogue, now_s
     from treadle.track.wandb import WandbRun, WandbSink
 
     folder = f"runs/{assignment.run}"
     writer = f"rank0-a{assignment.attempt}"
     names = catalogue(spec.task)
     sinks: list[WandbSink] = []
+    events = Journal(blobs, f"{folder}/events.jsonl", writer=writer)
 
     def notice(line: str) -> None:
-        with suppress(InternalError):  # the record may be closed already; the line is in the log then
-            print(line, flush=True)
-            tracker.event("notice", text=line)
+        # Comes from the sink's own thread, also while the tracker closes and waits for it: past the tracker.
+        events.append({"schema": 1, "attempt": assignment.attempt, "time": now_s(), "event": "notice", "text": line})
 
-    events = Journal(blobs, f"{folder}/events.jsonl", writer=writer)
     if spec.track.wandb is not WandbMode.disabled:
         told = WandbRun(
             run_id=assignment.run,
@@ -217,8 +214,7 @@ def _tracker(assignment: Assignment, blobs: Blobs, spec: JobSpec, plan: Any) -> 
             )
         )
     metrics = Journal(blobs, f"{folder}/metrics.jsonl", writer=writer)
-    tracker = RunTracker(metrics=metrics, events=events, sinks=sinks, attempt=assignment.attempt, catalogue=names)
-    return tracker
+    return RunTracker(metrics=metrics, events=events, sinks=sinks, attempt=assignment.attempt, catalogue=names)
 
 
 def _request_stop(blobs: Blobs, run: str) -> None:

@@ -83,6 +83,13 @@ class EpochPlan:
         return max(s for r in range(self.num_rounds) for s in self._lane_slots(r))
 
     @property
+    def largest(self) -> tuple[int, int]:
+        """The round and the lane of the largest microbatch."""
+        sizes = ((s, -r, -lane) for r in range(self.num_rounds) for lane, s in enumerate(self._lane_slots(r)))
+        _, number, lane = max(sizes)
+        return -number, -lane
+
+    @property
     def fill(self) -> float:
         """Frames / slots, 1.0 without any padding."""
         return self.frames / self.slots

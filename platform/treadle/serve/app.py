@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -38,7 +38,9 @@ _log = logging.getLogger(__name__)
 _PATHS = ("/", "/predict", "/healthz", "/stats", "/v1/models/NAME", "/v1/models/NAME:predict")
 _MAX_OPEN = 1024  # requests that hold a body; more of them are told to come back
 _BODY_TIMEOUT_S = 30.0
-_DRAINED = 16  # times the limit that is read and dropped, so that a client sees the answer and not a reset
+_DRAINED = 16  # times the limit; what is larger is refused unread
+_FORM = '{"inputs": [...]}'
+_LONGEST_REASON = 120  # a longer one repeats a number of the body
 _NO_CLIENT = 499  # what proxies write in their logs for it; nobody receives it
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -137,7 +139,7 @@ class _Api:
         async def answer(request: Request) -> Response:
             try:
                 return await endpoint(request)
-            except (ClientDisconnect, _GoneError):
+            except _GoneError:
                 self._engine.count_error(_NO_CLIENT)
                 return Response(status_code=_NO_CLIENT)
             except TreadleError as error:
@@ -176,25 +178,25 @@ class _Api:
     async def _body(self, request: Request) -> bytes:
         """The body, if it is no larger than allowed; counted before anything of it is parsed."""
         declared = request.headers.get("content-length", "")
-        is_too_large = declared.isdecimal() and int(declared[:20]) > self._max_bytes
-        chunks: list[bytes] = []
-        size = 0
+        announced = int(declared[:20]) if declared.isdecimal() else 0
+        size, chunks = 0, []
         try:
             async with asyncio.timeout(self._body_timeout_s):
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    is_too_large = is_too_large or size > self._max_bytes
-                    if size > _DRAINED * self._max_bytes:
+                # A body little over the limit is read and dropped, so that its sender sees the answer and not a reset.
+                while max(announced, size) <= _DRAINED * self._max_bytes:
+                    message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise _GoneError
+                    size += len(message.get("body", b""))
+                    if max(announced, size) <= self._max_bytes:
+                        chunks.append(message.get("body", b""))
+                    if not message.get("more_body", False):
                         break
-                    if is_too_large:
-                        chunks.clear()
-                    else:
-                        chunks.append(chunk)
         except TimeoutError:
             raise RequestError(
                 f"body: got {size} bytes in {self._body_timeout_s:g} s, expected all of it", status=408
             ) from None
-        if is_too_large:
+        if max(announced, size) > self._max_bytes:
             raise RequestError(
                 f"body: got more than {self._max_bytes} bytes, expected at most that (serve.max_body)",
                 hint="send fewer inputs at a time",
@@ -223,12 +225,14 @@ def _inputs(body: bytes) -> Any:
     try:
         # As text first: json itself would also take UTF-16, UTF-32 and a byte order mark.
         value = wire.parse_json(body.decode("utf-8"), where="body")
-    except (UnicodeDecodeError, IntegrityError) as error:
-        reason = error.message if isinstance(error, IntegrityError) else "body: not readable as UTF-8"
-        raise RequestError(reason, hint='{"inputs": [...]}', status=400) from None
+    except UnicodeDecodeError:
+        raise RequestError("body: not readable as UTF-8", hint=_FORM, status=400) from None
+    except IntegrityError as error:
+        reason = error.message if len(error.message) <= _LONGEST_REASON else "body: not readable as JSON"
+        raise RequestError(reason, hint=_FORM, status=400) from None
     if not isinstance(value, dict) or set(value) != {"inputs"}:
         seen = f"an object of {len(value)} keys" if isinstance(value, dict) else "no object"
-        raise RequestError(f"body: got {seen}, expected an object with the one key 'inputs'", hint='{"inputs": [...]}')
+        raise RequestError(f"body: got {seen}, expected an object with the one key 'inputs'", hint=_FORM)
     return value["inputs"]
 
 

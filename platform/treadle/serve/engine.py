@@ -189,10 +189,11 @@ class Engine:
         try:
             return list(self._model.predict([row.encoded for row in rows]))
         except Exception as error:
-            if len(rows) > 1:  # one row must not take its neighbours with it
-                return [answer for row in rows for answer in self._run([row])]
-            _log.exception("the model failed on a row of %d time steps", rows[0].length)
-            return [error]
+            failure = error
+        if len(rows) > 1:  # one row must not take its neighbours with it
+            return [answer for row in rows for answer in self._run([row])]
+        _log.error("the model failed on a row of %d time steps", rows[0].length, exc_info=failure)
+        return [failure]
 
     def _deliver(self, rows: list[_Row], answers: list[Output | Exception]) -> None:
         finished: dict[asyncio.AbstractEventLoop, list[_Request]] = defaultdict(list)

@@ -63,9 +63,7 @@ class Feed:
     def largest(self) -> Batch:
         """The microbatch with the most slots in epoch 0, for probes."""
         plan = self.plan(0)
-        rounds = range(plan.num_rounds)
-        number = max(rounds, key=lambda n: len(plan.round_rows(n)) * int(self._lengths[plan.round_rows(n)].max()))
-        return self._reader.batch(self._rows[plan.lane_rows(number, 0)])
+        return self._reader.batch(self._rows[plan.lane_rows(*plan.largest)])
 
     def _updates(self, epoch: int, index: int) -> Iterator[Update]:
         while epoch < self._spec.train.epochs:

@@ -170,7 +170,7 @@ class ClassifyTask(Task):
         right, wanted, given = counts.diagonal(), counts.sum(1), counts.sum(0)
         f1 = 2 * right / (wanted + given).clamp(min=1)
         return {
-            "accuracy": 1 - totals.wrong_rows / totals.rows,
+            "accuracy": (totals.rows - totals.wrong_rows) / totals.rows,
             "macro_f1": float(f1[wanted > 0].mean()),
         }
 

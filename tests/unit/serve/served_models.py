@@ -30,7 +30,9 @@ SPELLING = Preprocessing(
     deviation=(),
     labels=tuple("ABCDEFGH"),
 )
-SYLLABLES = Preprocessing(symbols=("<unknown>", "ka", "ta", "na"), channels=(), mean=(), deviation=(), labels=("x", "y"))
+SYLLABLES = Preprocessing(
+    symbols=("<unknown>", "ka", "ta", "na"), channels=(), mean=(), deviation=(), labels=("x", "y")
+)
 MOTION = Preprocessing(
     symbols=(),
     channels=("left", "right", "up"),

@@ -40,9 +40,8 @@ def test_each_row_leaves_exactly_once_and_the_oldest_always_next(steps, budget):
         if batch:
             assert oldest in {item.number for item in batch}
             assert len(batch) == 1 or len(batch) * max(item.length for item in batch) <= budget
-        for other in waiting:
-            waiting[other] -= 1
-            assert waiting[other] >= 0
+        waiting.update({other: turns - 1 for other, turns in waiting.items()})
+        assert min(waiting.values(), default=0) >= 0
         assert batcher.queued_slots == sum(lengths[n] for n in waiting)
         assert len(batcher) == len(waiting)
 

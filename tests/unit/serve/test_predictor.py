@@ -90,7 +90,9 @@ def test_nothing_is_recorded_for_gradients(blobs):
     predictor = load(blobs, "g2p")
     assert not predictor._network.training
     seen = []
-    predictor._network.register_forward_hook(lambda module, args, out: seen.append((out.requires_grad, out.is_inference())))
+    predictor._network.register_forward_hook(
+        lambda module, args, out: seen.append((out.requires_grad, out.is_inference()))
+    )
     predictor.predict(predictor.validate(["cat"]))
     assert seen == [(False, True)]
     assert torch.get_num_threads() == 1
@@ -136,5 +138,5 @@ def test_a_signature_that_is_not_the_models(blobs):
     version = register(blobs, "g2p")
     draft = {name: getattr(version, name) for name in ("name", "run", "files", "spec_digest", "data_digest")}
     other = Registry(blobs).register(ModelDraft(**draft, signature={**version.signature, "num_labels": 3}))
-    with pytest.raises(IntegrityError, match="the signature in config.json"):
+    with pytest.raises(IntegrityError, match=r"the signature in config\.json"):
         Predictor.load(blobs, str(other))

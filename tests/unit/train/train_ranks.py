@@ -52,7 +52,7 @@ def trajectory(world: World, folder: Path) -> dict[str, Any]:
 def float64(world: World, folder: Path) -> dict[str, Any]:
     """Without rounding in the way of a tight comparison; some updates have rows for one rank only."""
     batch = BatchSpec(slots=26, lanes=4, noise=0.3)
-    toy = Toy(toy_spec(task=ClassifySpec(), batch=batch, train=TRAIN, optim=SGD), toy_draft(53, classes=True))
+    toy = Toy(toy_spec(task=ClassifySpec(), batch=batch, train=TRAIN, optim=SGD), toy_draft(49, classes=True))
     run = toy.run(world=world, double=True)
     outcome = fit(run)
     np.save(folder / f"float64-{world.size}-{world.rank}.npy", weights(run).numpy())

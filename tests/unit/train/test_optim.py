@@ -1,0 +1,107 @@
+"""Optimizers and rates: groups, course, ends."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from train_rig import Toy, toy_spec
+
+from treadle.spec import AdamWSpec, LstmSpec, OptimSpec, Schedule, SgdSpec
+from treadle.train import build_optimizer
+from treadle.train.fit import progress
+from treadle.train.optim import learning_rate
+
+shares = st.floats(0, 1)
+specs = st.builds(
+    AdamWSpec,
+    lr=st.floats(1e-5, 10),
+    schedule=st.sampled_from(Schedule),
+    warmup_share=st.floats(0, 0.9),
+    final_lr_share=st.floats(0, 1),
+)
+
+
+@given(specs, shares)
+def test_the_rate_stays_between_its_ends(spec: OptimSpec, share):
+    rate = learning_rate(spec, share)
+    floor = min(spec.final_lr_share, 0.01 if spec.warmup_share else 1.0)
+    assert floor * spec.lr * (1 - 1e-9) <= rate <= spec.lr * (1 + 1e-9)
+
+
+@given(specs)
+def test_the_rate_ends_where_it_should(spec: OptimSpec):
+    share = 1.0 if spec.schedule is Schedule.constant else spec.final_lr_share
+    assert learning_rate(spec, 1.0) == pytest.approx(spec.lr * share, rel=1e-9, abs=1e-12)
+    assert learning_rate(spec, spec.warmup_share) == pytest.approx(spec.lr)
+
+
+@given(specs, st.floats(0.01, 1))
+def test_the_course_has_no_jumps(spec: OptimSpec, share):
+    # The steepest parts are the warm-up (1 / warmup_share) and the cosine (pi / 2 over the rest).
+    steepest = spec.lr * max(1 / max(spec.warmup_share, 0.01), 1.6 / (1 - spec.warmup_share))
+    step = 1e-7
+    assert abs(learning_rate(spec, share) - learning_rate(spec, max(0.01, share - step))) <= steepest * step * 1.01
+
+
+@given(specs, st.lists(shares, min_size=2, max_size=20))
+def test_after_the_warm_up_the_rate_never_rises(spec: OptimSpec, found):
+    later = sorted(share for share in found if share >= spec.warmup_share)
+    rates = [learning_rate(spec, share) for share in later]
+    assert all(b <= a * (1 + 1e-12) for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_the_warm_up_is_linear():
+    spec = AdamWSpec(lr=2.0, warmup_share=0.5)
+    assert [learning_rate(spec, share) for share in (0.0, 0.125, 0.25, 0.5)] == [0.02, 0.5, 1.0, 2.0]
+
+
+def test_the_middle_of_the_courses():
+    spec = AdamWSpec(lr=1.0, warmup_share=0.2, final_lr_share=0.1)
+    rates = {
+        schedule: learning_rate(dataclasses.replace(spec, schedule=schedule), 0.6)
+        for schedule in (Schedule.constant, Schedule.linear, Schedule.cosine)
+    }
+    assert rates == pytest.approx({Schedule.constant: 1.0, Schedule.linear: 0.55, Schedule.cosine: 0.55})
+
+
+@given(specs, shares, st.lists(shares, max_size=5))
+def test_how_often_it_is_asked_does_not_matter(spec: OptimSpec, share, before):
+    wanted = learning_rate(spec, share)
+    for other in before:
+        learning_rate(spec, other)
+    assert learning_rate(spec, share) == wanted
+
+
+def test_progress_grows_by_update_and_ends_at_one():
+    toy = Toy(toy_spec())
+    found = [progress(toy.spec, update) for update in toy.feed(toy.run().world).starting_at(0, 0)]
+    assert found == sorted(set(found))
+    assert found[-1] == 1.0
+    assert found[0] == pytest.approx(1 / len(found), rel=0.5)
+
+
+@pytest.mark.parametrize("spec", [AdamWSpec(weight_decay=0.1, lr=0.5), SgdSpec(weight_decay=0.1, lr=0.5, momentum=0.0)])
+def test_decay_holds_for_matrices_alone(spec):
+    network = Toy(toy_spec(model=LstmSpec(hidden_size=4, norm=True))).network()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    optimizer = build_optimizer(spec, network)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in network.parameters()}
+    assert len(grouped) == len(before)
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # without a gradient, decay is all there is
+    for name, p in network.named_parameters():
+        wanted = before[name] * (1 - 0.5 * 0.1) if p.ndim >= 2 else before[name]
+        assert torch.allclose(p, wanted, rtol=1e-6, atol=0), name
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_momentum_may_be_none(momentum):
+    network = Toy(toy_spec()).network()
+    optimizer = build_optimizer(SgdSpec(momentum=momentum), network)
+    assert all(group["nesterov"] is (momentum > 0) for group in optimizer.param_groups)
