@@ -34,12 +34,16 @@ def read_rows(name: str, text: str) -> Iterator[Row]:
         raise DataError(f"{name}: got no @data line, expected the .ts form of the time-series archive")
     for number, line in enumerate(body.strip().splitlines(), start=1):
         *channels, speaker = line.strip().split(":")
-        frames_TD = np.array([[float(v) for v in channel.split(",")] for channel in channels], np.float32).T
+        where = f"{name}, series {number}"
+        try:
+            frames_TD = np.array([[float(v) for v in channel.split(",")] for channel in channels], np.float32).T
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from None
         # Each utterance is its own entity: the task is to tell the same nine speakers apart.
         yield Row(
             entity=f"{split}-{number}",
             inputs=frames_TD,
             target=[speaker],
             split=split,
-            where=f"{name}, series {number}",
+            where=where,
         )

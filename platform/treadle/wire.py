@@ -25,6 +25,9 @@ __all__ = ["canonical", "check_name", "decode", "digest", "encode", "parse_json"
 
 T = TypeVar("T")
 
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+"""How records write the numbers that JSON does not have; read back where a float is expected."""
+
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -135,25 +138,31 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return _decode(next(arg for arg in args if arg is not type(None)), value, where)
     if origin in (tuple, list):
         container = tuple if origin is tuple else list
+        hints = _item_hints(args, len(_of(list, value, where)), is_tuple=origin is tuple)
+        if len(hints) != len(value):
+            raise IntegrityError(f"{where}: got {len(value)} items, expected {len(hints)}")
         return container(
-            _decode(_item_hint(args, i), item, f"{where}[{i}]") for i, item in enumerate(_of(list, value, where))
+            _decode(item_hint, item, f"{where}[{i}]")
+            for i, (item_hint, item) in enumerate(zip(hints, value, strict=True))
         )
     if origin is dict:
         return {key: _decode(args[1], item, f"{where}.{key}") for key, item in _of(dict, value, where).items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _decode_dataclass(hint, _of(dict, value, where), where)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        if value not in [member.value for member in hint]:
+            raise IntegrityError(f"{where}: got {value!r}, expected one of {[member.value for member in hint]}")
         return hint(value)
-    if hint is float and type(value) is int:
+    if hint is float and (type(value) is int or value in _NOT_FINITE):
         return float(value)
     return _of(hint, value, where) if hint in (bool, int, float, str) else value
 
 
-def _item_hint(args: tuple[Any, ...], index: int) -> Any:
-    """What the items of `tuple[int, str]`, `tuple[int, ...]`, `list[int]` or a bare `tuple` are."""
-    if not args:
-        return Any
-    return args[min(index, len(args) - 1)] if Ellipsis not in args else args[0]
+def _item_hints(args: tuple[Any, ...], length: int, *, is_tuple: bool) -> tuple[Any, ...]:
+    """What each item is, of `tuple[int, str]`, or of so many in `tuple[int, ...]` and `list[int]`."""
+    if is_tuple and Ellipsis not in args:
+        return args
+    return (args[0],) * length
 
 
 def _of(kind: type, value: Any, where: str) -> Any:
@@ -168,7 +177,7 @@ def _decode_dataclass(cls: type, value: Any, where: str) -> Any:
     family = _family(cls)
     if family and "kind" not in {f.name for f in dataclasses.fields(cls)}:
         kind = fields.pop("kind", None)
-        if kind not in family:
+        if not isinstance(kind, str) or kind not in family:
             raise IntegrityError(f"{where}.kind: got {kind!r}, expected one of {sorted(family)}")
         cls = family[kind]
     known = {f.name: f for f in dataclasses.fields(cls)}

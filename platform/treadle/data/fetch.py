@@ -19,16 +19,15 @@ from treadle.units import format_bytes
 __all__ = ["fetch"]
 
 _TIMEOUT_S = 60
-_MAX_BYTES = 2 << 30
-"""Of one file, and of one archive."""
 
 
-def fetch(source: str | None, sha256: Mapping[str, str]) -> dict[str, bytes]:
+def fetch(source: str | None, sha256: Mapping[str, str], *, max_bytes: int = 2 << 30) -> dict[str, bytes]:
     """The bytes of each file named in `sha256`.
 
     Args:
         source: a folder, a .zip file, or an http(s) URL of a .zip or of a folder that holds the files.
         sha256: expected digest by file name.
+        max_bytes: most of one file, unpacked or downloaded.
 
     Raises:
         DataError: no source, a file is not there or too large. IntegrityError: a file has another
@@ -36,7 +35,7 @@ def fetch(source: str | None, sha256: Mapping[str, str]) -> dict[str, bytes]:
     """
     if not source:
         raise DataError("data.source: not given", hint="data.source=<a URL, or the folder that holds the files>")
-    read = _opened(source)
+    read = _opened(source, max_bytes)
     found: dict[str, bytes] = {}
     for name, expected in sha256.items():
         data = read(name)
@@ -50,14 +49,14 @@ def fetch(source: str | None, sha256: Mapping[str, str]) -> dict[str, bytes]:
     return found
 
 
-def _opened(source: str) -> Callable[[str], bytes]:
+def _opened(source: str, max_bytes: int) -> Callable[[str], bytes]:
     """How to read a file of `source` by its name; an archive is read once."""
     remote = urllib.parse.urlsplit(source) if source.startswith(("http://", "https://")) else None
     if (remote.path if remote else source).endswith(".zip"):
-        archive = _download(source) if remote else _file(Path(source).expanduser())
-        return lambda name: _member(archive, source, name)
+        archive = _download(source, max_bytes) if remote else _file(Path(source).expanduser())
+        return lambda name: _member(archive, source, name, max_bytes)
     if remote:
-        return lambda name: _download(f"{source.rstrip('/')}/{urllib.parse.quote(name)}")
+        return lambda name: _download(f"{source.rstrip('/')}/{urllib.parse.quote(name)}", max_bytes)
     return lambda name: _file(Path(source).expanduser() / name)
 
 
@@ -68,22 +67,22 @@ def _file(path: Path) -> bytes:
         raise DataError(f"data.source: {path}: {error.strerror}", hint="data.source=<folder with the files>") from None
 
 
-def _member(archive: bytes, source: str, name: str) -> bytes:
+def _member(archive: bytes, source: str, name: str, max_bytes: int) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as files:
             info = next((i for i in files.infolist() if i.filename.rsplit("/", 1)[-1] == name), None)
             if info is None:
                 raise DataError(f"{source}: holds no file {name}")
-            _check_size(f"{source}: {name}", info.file_size)  # no more than this is unpacked, whatever follows
+            _check_size(f"{source}: {name}", info.file_size, max_bytes)  # no more than this is unpacked, whatever follows
             return files.read(info)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise IntegrityError(f"{source}: not a zip archive that can be read ({error})") from None
 
 
-def _download(url: str) -> bytes:
+def _download(url: str, max_bytes: int) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - scheme checked by the caller
-            data = answer.read(_MAX_BYTES + 1)
+            data = answer.read(max_bytes + 1)
             # Reading a part does not notice a connection that ends early.
             missing = int(answer.headers.get("Content-Length") or len(data)) - len(data)
     except urllib.error.HTTPError as error:
@@ -91,12 +90,12 @@ def _download(url: str) -> bytes:
         raise kind(f"{url}: the server answers {error.code} {error.reason}") from None
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise TransientError(f"{url}: {error}", hint="download it elsewhere and give data.source=<folder>") from None
-    _check_size(url, len(data))
+    _check_size(url, len(data), max_bytes)
     if missing > 0:
         raise TransientError(f"{url}: the connection ended {missing} bytes early")
     return data
 
 
-def _check_size(what: str, size: int) -> None:
-    if size > _MAX_BYTES:
-        raise DataError(f"{what}: got {format_bytes(size)} or more, expected at most {format_bytes(_MAX_BYTES)}")
+def _check_size(what: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise DataError(f"{what}: got {format_bytes(size)} or more, expected at most {format_bytes(max_bytes)}")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Assignment", "train_rank"]
 
 POLL_S = 0.5
+GIVE_UP_S = 900.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ def train_rank(assignment: Assignment, world: World) -> dict[str, Any]:
         if tracker is not None:
             tracker.close(outcome.status)
     except BaseException as error:
+        if saver is not None:
+            saver.close()  # a commit in flight still belongs to the record
         if tracker is not None:
             tracker.event("error", kind=type(error).__name__, message=str(error)[:2000])
             tracker.close("failed")
@@ -277,7 +280,11 @@ def _evaluation_json(evaluation: Evaluation | None, labels: tuple[str, ...]) -> 
 
 
 class _Saver:
-    """Commits states one at a time on a thread of its own; the loop only hands over owned copies."""
+    """Commits states one at a time on a thread of its own; the loop only hands over owned copies.
+
+    A store that is away for a while costs checkpoints, not the run: the next state replaces the one
+    that could not be committed, until GIVE_UP_S have passed without any.
+    """
 
     def __init__(self, checkpoints: Checkpoints, spec: JobSpec, tracker: RunTracker | None) -> None:
         self._checkpoints = checkpoints
@@ -285,13 +292,14 @@ class _Saver:
         self._tracker = tracker
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="treadle-saver")
         self._pending: Future[Any] | None = None
-        self._saved_at = time.monotonic()
+        self._saved_at = self._committed_at = time.monotonic()
         self._saved_update = -1  # none by this attempt
         self._counted_from: int | None = None
 
     def is_due(self, state: TrainState) -> bool:
         if self._pending is not None and not self._pending.done():
             return False  # one commit in flight; the next state is newer anyway
+        self._settle()
         if self._counted_from is None:
             self._counted_from = state.update
         every = self._spec.every_updates
@@ -302,7 +310,7 @@ class _Saver:
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         if state.update == self._saved_update:
             return
-        self.wait()
+        self._settle()
         self._saved_update = self._counted_from = state.update
         self._saved_at = time.monotonic()
         self._pending = self._pool.submit(self._commit, state, tensors)
@@ -310,6 +318,22 @@ class _Saver:
     def wait(self) -> None:
         if self._pending is not None:
             self._pending.result()
+
+    def _settle(self) -> None:
+        """Take note of the last commit; raise what cannot be mended by the next one."""
+        from treadle.errors import TransientError
+
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+                self._committed_at = time.monotonic()
+        except TransientError as error:
+            if time.monotonic() - self._committed_at > GIVE_UP_S:
+                raise
+            self._saved_update = -1
+            if self._tracker is not None:
+                self._tracker.event("checkpoint_failed", message=str(error)[:2000])
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

@@ -1,0 +1,334 @@
+"""What a rank does around the loop: when states are committed, wishes, and runs that stop, resume or diverge."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from treadle.data import Draft, Row, Tokens, build_dataset
+from treadle.errors import ConflictError, DivergenceError, IntegrityError, TransientError
+from treadle.launch import worker
+from treadle.launch.records import freeze, read_job
+from treadle.launch.worker import Assignment, _Mailbox, _Saver, train_rank
+from treadle.plan import Capacity, make_plan
+from treadle.spec import (
+    AdamWSpec,
+    BatchSpec,
+    CheckpointSpec,
+    ClusterSpec,
+    CtcSpec,
+    DataSpec,
+    JobSpec,
+    LstmSpec,
+    Precision,
+    PrecisionSpec,
+    SgdSpec,
+    StoreSpec,
+    TrackSpec,
+    TrainSpec,
+    WandbMode,
+)
+from treadle.store import Backend, Checkpoints, Registry, RequestKind, Runs
+from treadle.store.local import LocalBlobs
+from treadle.testing import FaultBlobs, MemoryBlobs
+from treadle.train import TrainState, World
+
+TENSORS = {"model.safetensors": {"w": torch.ones(2)}, "optim.safetensors": {}}
+
+
+def saver_on(blobs, **changes):
+    spec = job("/nowhere", checkpoint=CheckpointSpec(**{"every": "1h"} | changes))
+    checkpoints = Checkpoints(blobs, "toy-1", attempt=1, keep_last=2, spec_digest="s", data_digest="d")
+    return _Saver(checkpoints, spec, None), checkpoints
+
+
+def job(store, **changes):
+    spec = JobSpec(
+        name="toy",
+        task=CtcSpec(frames_per_step=2, label_name="letter", sequence_name="word"),
+        model=LstmSpec(hidden_size=6, embedding_size=5, num_layers=2, dropout=0.2),
+        data=DataSpec(name="toy", valid=5, test=5),
+        batch=BatchSpec(slots=24, lanes=2, rounds_per_update=2),
+        optim=AdamWSpec(lr=1e-2),
+        precision=PrecisionSpec(mode=Precision.fp32),  # auto is a measurement, and runs are compared here
+        train=TrainSpec(epochs=2, seed=1, log_every="0s"),
+        cluster=ClusterSpec(workers=0),
+        track=TrackSpec(wandb=WandbMode.disabled),
+        checkpoint=CheckpointSpec(every="1h", keep_last=3),
+        store=StoreSpec(uri=str(store)),
+    )
+    return dataclasses.replace(spec, **changes)
+
+
+class Job:
+    """A run in a store of its own, and as many attempts as a test makes."""
+
+    def __init__(self, folder, **changes):
+        self.store = folder / "store"
+        self.blobs = LocalBlobs(self.store)
+        self.runs = Runs(self.blobs)
+        self.spec = job(self.store, **changes)
+        rng = np.random.default_rng(0)
+        words = sorted({"".join(rng.choice(list("abcd"), rng.integers(2, 9))) for _ in range(60)})
+        rows = [Row(entity=w, inputs=list(w), target=list(w.upper())) for w in words]
+        draft = Draft(rows=rows, inputs=Tokens(), labels=tuple("ABCD"), licence="none")
+        self.digest, manifest = build_dataset(draft, self.spec.data, self.blobs, recipe="r")
+        here = Capacity(where="a test", cpus=4, gpus=0, memory_bytes=0)
+        self.plan = make_plan(self.spec, manifest.card(self.digest), here)
+        self.run = self.runs.create(*freeze(self.spec, self.plan), job="toy", backend=Backend.inline).run
+
+    def attempt(self, before=lambda attempt: None):
+        number = self.runs.claim_attempt(self.run, Backend.inline)
+        before(number)
+        code = {"git": "abc", "dirty": False}
+        return train_rank(Assignment(store=str(self.store), run=self.run, attempt=number, code=code), World())
+
+    def checkpoint(self):
+        checkpoints = Checkpoints(
+            self.blobs,
+            self.run,
+            attempt=0,
+            keep_last=2,
+            spec_digest=self.plan.spec_digest,
+            data_digest=self.plan.data_digest,
+        )
+        return checkpoints.restore()
+
+    def events(self):
+        text = self.blobs.get(f"runs/{self.run}/events.jsonl").decode()
+        return [json.loads(line) for line in text.splitlines()]
+
+
+def ask_to_stop(made):
+    return lambda attempt: made.runs.request(made.run, RequestKind.stop, "a test", attempt=attempt)
+
+
+@pytest.fixture
+def quick_mailbox(monkeypatch):
+    monkeypatch.setattr(worker, "POLL_S", 0.002)
+
+
+def test_a_run_is_trained_and_its_model_registered(tmp_path):
+    made = Job(tmp_path)
+    summary = made.attempt()
+    assert (summary["status"], summary["model_version"]) == ("finished", 1)
+    assert summary["update"] == made.plan.num_updates
+    assert set(summary["metrics"]) == {"test/loss", "test/letter_error_rate", "test/word_error_rate"}
+    version = Registry(made.blobs).resolve("toy@1")
+    assert set(version.files) == {"model.safetensors", "config.json", "eval.json", "card.md"}
+    kept, _ = made.checkpoint()
+    assert kept.update == summary["update"]
+    state = TrainState.from_json(kept.state, where="x")
+    assert (state.epoch, state.index) == (2, 0)
+    names = [event["event"] for event in made.events()]
+    assert names[0] == "precision"
+    assert names[-2:] == ["registered", "end"]
+    assert names.index("checkpoint") < names.index("registered")
+    assert not [t for t in threading.enumerate() if t.name.startswith("treadle-")]
+
+
+@pytest.mark.usefixtures("quick_mailbox")
+def test_a_run_that_is_stopped_and_resumed_registers_the_same_bits(tmp_path):
+    whole = Job(tmp_path / "whole", train=TrainSpec(epochs=8, seed=1))
+    whole.attempt()
+    parts = Job(tmp_path / "parts", train=TrainSpec(epochs=8, seed=1))
+    # Two wishes, each before its attempt begins: it leaves as soon as it hears of it.
+    seen = []
+    for _ in range(2):
+        summary = parts.attempt(ask_to_stop(parts))
+        if summary["status"] == "stopped":
+            kept, _ = parts.checkpoint()
+            assert kept.update == summary["update"]
+            seen.append(summary["update"])
+    assert seen
+    assert seen == sorted(set(seen))
+    assert parts.attempt()["status"] == "finished"
+    found, wanted = (
+        Registry(made.blobs).read(Registry(made.blobs).resolve("toy@1"), "model.safetensors")
+        for made in (parts, whole)
+    )
+    assert found == wanted
+    assert [event["update"] for event in parts.events() if event["event"] == "restored"] == seen
+
+
+def test_divergence_leaves_the_checkpoints_before_it(tmp_path):
+    made = Job(
+        tmp_path,
+        optim=SgdSpec(lr=1e25, clip_norm=None, warmup_share=0.0, momentum=0.0),
+        checkpoint=CheckpointSpec(every="1h", every_updates=1),
+    )
+    with pytest.raises(DivergenceError) as refused:
+        made.attempt()
+    found = made.checkpoint()
+    if found is not None:
+        assert found[0].update < refused.value.context["update"]
+        tensors = [t for t in torch.frombuffer(bytearray(found[1]["model.safetensors"][-64:]), dtype=torch.float32)]
+        assert all(torch.isfinite(t) for t in tensors)
+    assert [event["event"] for event in made.events()][-2:] == ["error", "end"]
+    with pytest.raises(DivergenceError):  # the same spec gives the same, resumed or not
+        made.attempt()
+
+
+def test_a_checkpoint_of_another_form_is_refused(tmp_path):
+    made = Job(tmp_path)
+    spec, plan = read_job(made.runs, made.run)
+    digests = {"spec_digest": plan.spec_digest, "data_digest": plan.data_digest}
+    early = Checkpoints(made.blobs, made.run, attempt=0, keep_last=2, **digests)
+    early.commit(3, {"model.safetensors": b"x", "optim.safetensors": b"y"}, {"update": 3})
+    with pytest.raises(IntegrityError, match="not readable as safetensors"):
+        made.attempt()
+    assert spec == made.spec
+
+
+def test_a_batch_plan_of_another_version_is_refused(tmp_path):
+    made = Job(tmp_path)
+    plan = dataclasses.replace(made.plan, batch_digest="0" * 64)
+    made.run = made.runs.create(*freeze(made.spec, plan), job="toy", backend=Backend.inline).run
+    with pytest.raises(Exception, match="this rank plans other batches"):
+        made.attempt()
+
+
+# When states are committed
+
+
+def updates_saved(saver, updates, commit=True):
+    saved = []
+    for update in updates:
+        due = saver.is_due(TrainState(update=update))
+        if due:
+            saver.save(TrainState(update=update + 1), TENSORS)
+            saved.append(update + 1)
+            if commit:
+                saver.wait()
+    return saved
+
+
+def test_states_are_saved_at_multiples_whatever_was_resumed_from():
+    saver, checkpoints = saver_on(MemoryBlobs(), every_updates=5)
+    assert updates_saved(saver, range(17)) == [5, 10, 15]
+    assert checkpoints.latest().update == 15
+    saver.close()
+    resumed, _ = saver_on(MemoryBlobs(), every_updates=5)
+    assert updates_saved(resumed, range(7, 17)) == [10, 15]
+    resumed.close()
+    every, _ = saver_on(MemoryBlobs(), every_updates=1)
+    assert updates_saved(every, range(3)) == [1, 2, 3]
+    every.close()
+
+
+def test_states_are_saved_by_time():
+    saver, _ = saver_on(MemoryBlobs(), every="50ms")
+    assert not saver.is_due(TrainState(update=1))
+    time.sleep(0.06)
+    assert updates_saved(saver, [1, 2]) == [2]
+    saver.close()
+
+
+def test_one_state_is_saved_once():
+    blobs = MemoryBlobs()
+    saver, checkpoints = saver_on(blobs)
+    for _ in range(2):
+        saver.save(TrainState(update=4), TENSORS)
+    saver.wait()
+    assert len(blobs.children("runs/toy-1/ckpt")) == 1
+    assert checkpoints.latest().state == TrainState(update=4).to_json()
+    saver.close()
+
+
+class Slow(MemoryBlobs):
+    """A store whose first write waits until it is told to go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = threading.Event()
+
+    def put(self, key, data):
+        self.go.wait(10)
+        return super().put(key, data)
+
+
+def test_training_goes_on_while_a_commit_is_in_flight():
+    blobs = Slow()
+    saver, checkpoints = saver_on(blobs, every_updates=2)
+    assert updates_saved(saver, range(7), commit=False) == [2]  # 4 and 6 came while 2 was on its way
+    blobs.go.set()
+    saver.wait()
+    assert updates_saved(saver, [7, 8]) == [8]
+    assert checkpoints.latest().update == 8
+    saver.close()
+
+
+def test_a_store_that_is_away_costs_checkpoints_and_not_the_run(monkeypatch):
+    saver, checkpoints = saver_on(FaultBlobs(MemoryBlobs(), refuse=2), every_updates=1)
+    for update in range(3):
+        assert saver.is_due(TrainState(update=update))
+        saver.save(TrainState(update=update + 1), TENSORS)
+        while not saver._pending.done():
+            time.sleep(0.001)
+    saver.wait()
+    assert checkpoints.latest().update == 3
+    saver.close()
+    monkeypatch.setattr(worker, "GIVE_UP_S", 0.0)
+    away, _ = saver_on(FaultBlobs(MemoryBlobs(), refuse=99), every_updates=1)
+    away.save(TrainState(update=1), TENSORS)
+    with pytest.raises(TransientError):
+        away.save(TrainState(update=2), TENSORS)
+    away.close()
+
+
+def test_the_end_waits_for_the_last_state_and_says_what_went_wrong():
+    saver, _ = saver_on(FaultBlobs(MemoryBlobs(), refuse=99))
+    saver.save(TrainState(update=1), TENSORS)
+    with pytest.raises(TransientError):
+        saver.wait()
+    saver.close()
+
+
+def test_a_newer_attempt_ends_an_older_one_at_its_next_look():
+    blobs = MemoryBlobs()
+    saver, _ = saver_on(blobs)
+    saver.save(TrainState(update=1), TENSORS)
+    saver.wait()
+    Checkpoints(blobs, "toy-1", attempt=2, keep_last=2, spec_digest="s", data_digest="d").acquire()
+    saver.save(TrainState(update=2), TENSORS)
+    while not saver._pending.done():
+        time.sleep(0.001)
+    with pytest.raises(ConflictError, match="attempt 2"):
+        saver.is_due(TrainState(update=3))
+    saver.close()
+
+
+# Wishes
+
+
+@pytest.mark.usefixtures("quick_mailbox")
+def test_wishes_are_heard_once_each(tmp_path):
+    made = Job(tmp_path)
+    number = made.runs.claim_attempt(made.run, Backend.inline)
+    mailbox = _Mailbox(made.runs, Assignment(store=str(made.store), run=made.run, attempt=number, code={}))
+    assert not mailbox.wants_stop()
+    assert not mailbox.wants_checkpoint()
+    for _ in range(2):
+        made.runs.request(made.run, RequestKind.checkpoint, "a test", attempt=number)
+        assert eventually(mailbox.wants_checkpoint)
+        assert not mailbox.wants_checkpoint()
+    made.runs.request(made.run, RequestKind.stop, "a test", attempt=number)
+    assert eventually(mailbox.wants_stop)
+    assert mailbox.wants_stop()
+    mailbox.close()
+    assert not [t for t in threading.enumerate() if t.name == "treadle-mailbox"]
+
+
+def eventually(asked, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if asked():
+            return True
+        time.sleep(0.002)
+    return False
