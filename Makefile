@@ -35,7 +35,7 @@ jobs: setup
 	$(BIN)/python tests/bench/jobs.py
 
 bench: setup
-	$(BIN)/python tests/bench/run.py
+	$(BIN)/python tests/bench/startup.py
 
 constraints: setup
 	{ sed -n '/^#/p' infra/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^treadle'; } > infra/constraints.new

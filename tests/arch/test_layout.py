@@ -109,7 +109,9 @@ def test_import_contracts_hold(root):
 
 
 def test_no_pickle_and_no_doubles(root):
-    pattern = re.compile(r"(?<!safetensors\.)\b(torch\.load|torch\.save|pickle\.|unittest\.mock|allow_pickle|yaml\.load\()")
+    pattern = re.compile(
+        r"(?<!safetensors\.)\b(torch\.load|torch\.save|pickle\.|unittest\.mock|allow_pickle|yaml\.load\()"
+    )
     found = [
         f"{path.relative_to(root)}: {line.strip()}"
         for path in [*modules(root), *(root / "jobs").rglob("*.py")]

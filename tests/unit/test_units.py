@@ -20,7 +20,15 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 90.0), ("30m", 1800.0), ("1.5h", 5400.0), ("250ms", 0.25), ("2 d", 172_800.0), ("0.1s", 0.1), ("3min", 180)],
+    [
+        ("90", 90.0),
+        ("30m", 1800.0),
+        ("1.5h", 5400.0),
+        ("250ms", 0.25),
+        ("2 d", 172_800.0),
+        ("0.1s", 0.1),
+        ("3min", 180),
+    ],
 )
 def test_durations(text, seconds):
     assert parse_duration_s(text) == seconds
@@ -36,7 +44,9 @@ def test_counts(text, count):
 
 
 @pytest.mark.parametrize("parse", [parse_bytes, parse_duration_s, parse_count])
-@pytest.mark.parametrize("text", ["", "-1", "+1", "1e3", "nan", "inf", ".5", "5.", "1 2", "1x", "k", "٣", "1_000", "9" * 400])
+@pytest.mark.parametrize(
+    "text", ["", "-1", "+1", "1e3", "nan", "inf", ".5", "5.", "1 2", "1x", "k", "٣", "1_000", "9" * 400]
+)
 def test_what_is_no_quantity_is_refused(parse, text):
     with pytest.raises(ConfigError, match="expected a number with one of the units"):
         parse(text)
@@ -64,7 +74,15 @@ def test_whole_bytes_are_exact(size):
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1023.9, "1.0 KiB"), (1536, "1.5 KiB"), ((1 << 20) - 1, "1.0 MiB"), (5 << 40, "5120.0 GiB")]
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1023.9, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        ((1 << 20) - 1, "1.0 MiB"),
+        (5 << 40, "5120.0 GiB"),
+    ],
 )
 def test_sizes_shown(size, text):
     assert format_bytes(size) == text
@@ -72,7 +90,16 @@ def test_sizes_shown(size, text):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0"), (9999, "9999"), (10_000, "10k"), (999_499, "999k"), (999_999, "1M"), (1_234_567, "1.23M"), (999_999_999, "1G"), (2e12, "2000G")],
+    [
+        (0, "0"),
+        (9999, "9999"),
+        (10_000, "10k"),
+        (999_499, "999k"),
+        (999_999, "1M"),
+        (1_234_567, "1.23M"),
+        (999_999_999, "1G"),
+        (2e12, "2000G"),
+    ],
 )
 def test_counts_shown(count, text):
     assert format_count(count) == text
@@ -80,7 +107,16 @@ def test_counts_shown(count, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0ms"), (0.25, "250ms"), (0.9999, "1.0s"), (59.94, "59.9s"), (59.96, "1m00s"), (75, "1m15s"), (3599.7, "1h00m"), (7260, "2h01m")],
+    [
+        (0, "0ms"),
+        (0.25, "250ms"),
+        (0.9999, "1.0s"),
+        (59.94, "59.9s"),
+        (59.96, "1m00s"),
+        (75, "1m15s"),
+        (3599.7, "1h00m"),
+        (7260, "2h01m"),
+    ],
 )
 def test_durations_shown(seconds, text):
     assert format_duration_s(seconds) == text

@@ -36,7 +36,11 @@ from treadle.spec import (
 )
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
@@ -108,7 +112,7 @@ def test_names(name):
 
 @pytest.mark.parametrize("name", ["", "-a", "a-", "A", "a_b", "a.b", "a/b", "../a", "x" * 64, "a\n", "ä"])
 def test_names_that_are_none(name):
-    with pytest.raises(ConfigError, match="^run: got"):
+    with pytest.raises(ConfigError, match=r"^run: got"):
         wire.check_name("run", name)
 
 
@@ -151,7 +155,10 @@ def test_every_variant_is_tried_here():
         (lambda v: v["data"].update(sha256=[]), r"data\.sha256: got list, expected dict"),
         (lambda v: v["data"]["sha256"].update({"b": 1}), r"data\.sha256\.b: got int, expected str"),
         (lambda v: v["data"].update(name="../x"), r"data\.name: got '\.\./x'"),
-        (lambda v: v["precision"].update(mode="fp8"), r"precision\.mode: got 'fp8', expected one of \['auto', 'bf16', 'fp32'\]"),
+        (
+            lambda v: v["precision"].update(mode="fp8"),
+            r"precision\.mode: got 'fp8', expected one of \['auto', 'bf16', 'fp32'\]",
+        ),
         (lambda v: v["checkpoint"].update(every="soon"), r"duration: got 'soon'"),
     ],
 )

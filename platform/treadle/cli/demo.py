@@ -95,9 +95,16 @@ def _run(*arguments: str) -> dict[str, Any]:
     Raises:
         TreadleError: what the verb ended with.
     """
-    done = subprocess.run(_command(arguments), stdout=subprocess.PIPE, text=True, check=False)
-    reply = json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else {}
-    if done.returncode:
+    # subprocess.run would kill the verb at Ctrl-C, before it has stopped what it started.
+    with subprocess.Popen(_command(arguments), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            out, _ = process.communicate()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.communicate()
+            raise
+    reply = json.loads(out.strip().splitlines()[-1]) if out.strip() else {}
+    if process.returncode:
         inner = reply.get("error")
         raise error_from_json(inner if isinstance(inner, dict) else reply)
     return reply

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,8 @@ def program() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit code is 0, that of the error (treadle.errors), or 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # this process is ours: a SIGTERM unwinds as Ctrl-C does, and nothing is left running
+        signal.signal(signal.SIGTERM, _interrupt)
     as_json = "--json" in given
     try:
         code = program.main(args=given, prog_name="treadle", standalone_mode=False)
@@ -102,6 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrapped = InternalError(f"{type(error).__name__}: {error}", hint="this is a bug in treadle; please report it")
         return _tell(wrapped, as_json=as_json)
     return code if isinstance(code, int) else 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _tell(error: TreadleError, *, as_json: bool) -> int:

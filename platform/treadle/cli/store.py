@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -42,7 +43,7 @@ def dev(port: int | None, folder: Path, as_json: bool) -> None:
         environment = server.environment()
         lines = "\n".join(f"export {name}={value}" for name, value in environment.items())
         answer(as_json, {"environment": environment, "endpoint": server.endpoint, "pid": server.pid}, lines)
-        click.get_text_stream("stdout").flush()
+        sys.stdout.flush()
         say(f"S3 server at {server.endpoint}, data in {folder}; Ctrl-C stops it")
         with suppress(KeyboardInterrupt):
             stop.wait()

@@ -153,9 +153,9 @@ def _encode(
                 raise ValueError("target: got no label, expected at least one")
             encoded.append(_Encoded(row=row, split=split, values=values, labels=labels, length=length))
         except KeyError as error:
-            problems.append(f"{row.where or row.entity!r}: label {error} is not among the {len(label_ids)} labels")
+            problems.append(f"{row.where or repr(row.entity)}: label {error} is not among the {len(label_ids)} labels")
         except ValueError as error:
-            problems.append(f"{row.where or row.entity!r}: {error}")
+            problems.append(f"{row.where or repr(row.entity)}: {error}")
         if number % 20_000 == 0:
             progress("encode", number, len(placed))
     if problems:

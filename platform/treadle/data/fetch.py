@@ -73,7 +73,9 @@ def _member(archive: bytes, source: str, name: str, max_bytes: int) -> bytes:
             info = next((i for i in files.infolist() if i.filename.rsplit("/", 1)[-1] == name), None)
             if info is None:
                 raise DataError(f"{source}: holds no file {name}")
-            _check_size(f"{source}: {name}", info.file_size, max_bytes)  # no more than this is unpacked, whatever follows
+            _check_size(
+                f"{source}: {name}", info.file_size, max_bytes
+            )  # no more than this is unpacked, whatever follows
             return files.read(info)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise IntegrityError(f"{source}: not a zip archive that can be read ({error})") from None

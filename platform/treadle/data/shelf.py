@@ -1,7 +1,8 @@
 """Where prepared data sets are found in a store: by name and recipe.
 
 A recipe is the digest of what a data set is made by: the data section of the job, the text of its
-preparation script, and the form of the manifest. Two recipes of one name live side by side; the same recipe twice is one.
+preparation script, and the form of the manifest. Two recipes of one name live side by side; the same
+recipe twice is one.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class Evaluation:
 
     Args:
         metrics: "loss" first, then the task's, headline next.
-        num_rows: questions judged, see `Evaluator`. confusion: counts [K + 1, K + 1] of (wanted, answered) labels, the last
-            of each for "nothing".
+        num_rows: questions judged, see `Evaluator`.
+        confusion: counts [K + 1, K + 1] of (wanted, answered) labels, the last of each for "nothing".
         samples: some rows of this rank.
     """
 

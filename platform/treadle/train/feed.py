@@ -27,11 +27,18 @@ class Micro:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """This rank's share of one update: the `index`-th of `num_updates` in `epoch`."""
+    """This rank's share of one update: the `index`-th of `num_updates` in `epoch`.
+
+    Args:
+        frames, rows: of all ranks together, as the plan says.
+        micros: this rank's; none where there are fewer rows than lanes.
+    """
 
     epoch: int
     index: int
     num_updates: int
+    frames: int
+    rows: int
     micros: tuple[Micro, ...]
 
     @property
@@ -69,8 +76,15 @@ class Feed:
         while epoch < self._spec.train.epochs:
             plan = self.plan(epoch)
             for i in range(index, plan.num_updates):
-                micros = tuple(self._micros(plan, i))
-                yield Update(epoch=epoch, index=i, num_updates=plan.num_updates, micros=micros)
+                rows = np.concatenate([plan.round_rows(number) for number in plan.rounds_of(i)])
+                yield Update(
+                    epoch=epoch,
+                    index=i,
+                    num_updates=plan.num_updates,
+                    frames=int(self._lengths[rows].sum()),
+                    rows=len(rows),
+                    micros=tuple(self._micros(plan, i)),
+                )
             epoch, index = epoch + 1, 0
 
     def _micros(self, plan: EpochPlan, update: int) -> Iterator[Micro]:

@@ -24,6 +24,7 @@ from treadle.train.world import World
 
 __all__ = ["Checkpointer", "Control", "Outcome", "Run", "fit"]
 
+
 class Checkpointer(Protocol):
     """Writes states; only rank 0's does."""
 
@@ -83,15 +84,15 @@ class Outcome:
 def fit(run: Run) -> Outcome:
     """Train to the last epoch, or to the update at which all ranks agree to stop.
 
-    Every decision that depends on time or on people is rank 0's and travels in the one all-reduce of
-    counts, so that all ranks take it at the same update.
+    Every decision that depends on time or on people is rank 0's and travels with the gradients, so
+    that all ranks take it at the same update. They meet nowhere else.
 
     Raises:
         DivergenceError: the gradient norm is not finite; no state after it has been saved.
     """
     state, meters = run.start, Meters(run)
     for update in meters.waiting(run.feed.starting_at(state.epoch, state.index)):
-        count, frames, rows, stop, save, log = run.world.sum([*_counts(run, update), *_signals(run, state, meters)])
+        count = run.task.normaliser(frames=update.frames, rows=update.rows)
         run.network.train()
         for micro in update.micros:
             seed_dropout(run, state, micro)
@@ -100,15 +101,15 @@ def fit(run: Run) -> Outcome:
             # A sum over one count of all ranks: neither padding nor the split into batches can bias it.
             (loss / count).backward()
             meters.add_loss(loss.detach())
-        run.world.sum_gradients(run.network)
+        stop, save, log = run.world.sum_gradients(run.network, _signals(run, state, meters))
         norm = clip_gradients(run)
         rate = learning_rate(run.spec.optim, progress(run.spec, update))
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-        state = state.advanced(int(frames), is_last_of_epoch=update.is_last_of_epoch)
-        meters.add_update(count=count, frames=frames, rows=rows, slots=_slots(update), norm=norm)
+        state = state.advanced(update.frames, is_last_of_epoch=update.is_last_of_epoch)
+        meters.add_update(update, count=count, norm=norm)
         if log or stop or update.is_last_of_epoch:
             meters.log(state, update, rate)
         if update.is_last_of_epoch and _evaluation_due(run, state):
@@ -124,19 +125,6 @@ def fit(run: Run) -> Outcome:
         run.track.log(state.update, {f"test/{name}": value for name, value in test.metrics.items()})
     run.checkpoints.wait()
     return Outcome(status="finished", state=state, test=test)
-
-
-def _counts(run: Run, update: Update) -> tuple[float, float, float]:
-    batches = [micro.batch for micro in update.micros]
-    return (
-        sum(run.task.count(batch) for batch in batches),
-        float(sum(batch.frames for batch in batches)),
-        float(sum(len(batch.lengths_B) for batch in batches)),
-    )
-
-
-def _slots(update: Update) -> float:
-    return float(sum(micro.batch.slots for micro in update.micros))
 
 
 def _signals(run: Run, state: TrainState, meters: Meters) -> tuple[float, float, float]:
@@ -211,12 +199,12 @@ class Meters:
     def add_loss(self, loss: Tensor) -> None:
         self._loss = self._loss + loss.double()
 
-    def add_update(self, *, count: float, frames: float, rows: float, slots: float, norm: Tensor) -> None:
+    def add_update(self, update: Update, *, count: float, norm: Tensor) -> None:
         self._updates += 1
         self._count += count
-        self._frames += frames
-        self._rows += rows
-        self._slots += slots
+        self._frames += update.frames
+        self._rows += update.rows
+        self._slots += sum(micro.batch.slots for micro in update.micros)
         self._norm = norm if self._norm is None else torch.maximum(norm, self._norm + 0 * norm)
         self._last_norm = norm
 
@@ -239,7 +227,7 @@ class Meters:
         """Write the row since the last one; the only point where the host waits for the device."""
         self.check_finite(state)
         elapsed = max(1e-9, time.monotonic() - self._since)
-        loss, slots = self._run.world.sum([float(self._loss), self._slots])
+        loss, slots = self._run.world.sum([float(self._loss), float(self._slots)])
         metrics: dict[str, Any] = {
             "trainer/update": state.update,
             "trainer/epoch": update.epoch + (update.index + 1) / update.num_updates,
@@ -263,6 +251,6 @@ class Meters:
     def _reset(self) -> None:
         self._since = time.monotonic()
         self._loss: Tensor | float = 0.0
-        self._updates, self._count, self._frames, self._rows, self._slots = 0, 0.0, 0.0, 0.0, 0.0
+        self._updates, self._count, self._frames, self._rows, self._slots = 0, 0.0, 0, 0, 0
         self._wait_s = 0.0
         self._norm = None

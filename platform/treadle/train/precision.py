@@ -20,7 +20,7 @@ __all__ = ["PrecisionChoice", "choose_precision"]
 
 REPEATS = 3
 CLEARLY = 0.75
-"""bf16 is taken below this share of fp32's time: noise must not decide between equals, since the two give other bits."""
+"""bf16 is taken below this share of fp32's time: noise must not decide between equals, which give other bits."""
 
 
 @dataclass(frozen=True, kw_only=True)

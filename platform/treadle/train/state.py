@@ -18,7 +18,6 @@ __all__ = ["TrainState", "load_weights", "pack", "snapshot", "unpack"]
 
 MODEL_FILE = "model.safetensors"
 OPTIM_FILE = "optim.safetensors"
-STEP = "step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +99,9 @@ def _moments(data: bytes, network: nn.Module) -> dict[str, dict[str, Tensor]]:
         p = parameters.get(name)
         if p is None:
             raise IntegrityError(f"{OPTIM_FILE}: got {key}, expected parameters of this network")
-        if kind == STEP:  # AdamW counts on the CPU, whatever the device of its moments
-            moments.setdefault(name, {})[kind] = value
-            continue
-        if value.shape != p.shape:
+        if value.ndim and value.shape != p.shape:  # AdamW's count of steps is a scalar
             raise IntegrityError(f"{OPTIM_FILE}: {key}: got shape {tuple(value.shape)}, expected {tuple(p.shape)}")
-        moments.setdefault(name, {})[kind] = value.to(p.device)
+        moments.setdefault(name, {})[kind] = value.to(p.device)  # the count too: the optimizers are fused
     if moments and len({frozenset(moments.get(name, {})) for name in parameters}) > 1:
         raise IntegrityError(f"{OPTIM_FILE}: some parameters lack moments that others have")
     return moments

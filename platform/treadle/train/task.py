@@ -42,8 +42,12 @@ class Task(ABC):
         self.num_labels = num_labels
 
     @abstractmethod
+    def normaliser(self, *, frames: int, rows: int) -> float:
+        """What the summed loss of so many time steps in so many rows is divided by: label frames, or rows."""
+
+    @abstractmethod
     def count(self, batch: Batch) -> float:
-        """What the summed loss of `batch` is divided by: label frames, or rows."""
+        """The normaliser of what `loss_sum` adds up of `batch`."""
 
     @abstractmethod
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -110,8 +114,12 @@ class CtcTask(Task):
         super().__init__(num_labels)
         self.spec = spec
 
+    def normaliser(self, *, frames: int, rows: int) -> float:
+        return float(frames * self.spec.frames_per_step)
+
     def count(self, batch: Batch) -> float:
-        return float(batch.lengths_B[self._aligned(batch)].sum() * self.spec.frames_per_step)
+        kept = self._aligned(batch)
+        return self.normaliser(frames=int(batch.lengths_B[kept].sum()), rows=int(kept.sum()))
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         kept = self._aligned(batch)
@@ -153,8 +161,11 @@ class ClassifyTask(Task):
         super().__init__(num_labels)
         self.spec = spec
 
+    def normaliser(self, *, frames: int, rows: int) -> float:
+        return float(rows)
+
     def count(self, batch: Batch) -> float:
-        return float(len(batch.lengths_B))
+        return self.normaliser(frames=batch.frames, rows=len(batch.lengths_B))
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         targets_B = torch.from_numpy(batch.labels_BU[:, 0]).to(logits.device)

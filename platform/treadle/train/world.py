@@ -59,24 +59,28 @@ class World:
             for tensor in network.state_dict().values():
                 dist.broadcast(tensor, src=0)
 
-    def sum_gradients(self, network: nn.Module) -> None:
-        """Add the gradients of all ranks up, in place; a rank that had no rows adds zeros.
+    def sum_gradients(self, network: nn.Module, flags: Sequence[float]) -> list[float]:
+        """Add the gradients of all ranks up, in place, and `flags` with them; returns the flags' sums.
 
-        One all-reduce of one buffer in the order of the parameters, the same at every update.
-        DistributedDataParallel sorts its buckets anew after its first backward pass: from three ranks
-        on, a resumed run would then add in another order than the run it goes on from, and give other
-        bits (tests/unit/train/test_ranks.py). Its overlap with the backward pass is given up for that.
+        One all-reduce of one buffer in the order of the parameters, the same at every update; a rank
+        that had no rows adds zeros. DistributedDataParallel sorts its buckets anew after its first
+        backward pass: from three ranks on, a resumed run would then add in another order than the run
+        it goes on from, and give other bits (tests/unit/train/test_ranks.py). Its overlap with the
+        backward pass is given up for that.
 
-        Cost: two copies of the gradients less one, and one all-reduce.
+        Args:
+            flags: small whole numbers, which any format of gradients holds exactly.
         """
         if self.size == 1:
-            return
+            return list(flags)
         parameters = [p for p in network.parameters() if p.requires_grad]
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([part.reshape(-1) for part in parts])
+        flat = torch.cat([*(part.reshape(-1) for part in parts), parts[0].new_tensor(flags)])
         dist.all_reduce(flat)
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        *sums, flag_sums = flat.split([*(p.numel() for p in parameters), len(flags)])
+        for p, part in zip(parameters, sums, strict=True):
             p.grad = part.view_as(p)
+        return flag_sums.tolist()
 
     @contextlib.contextmanager
     def first(self) -> Iterator[bool]:

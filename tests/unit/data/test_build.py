@@ -189,3 +189,74 @@ def test_the_thread_ahead_raises_errors_and_ends_with_its_consumer():
     assert [next(endless) for _ in range(3)] == [0, 1, 2]
     endless.close()
     assert not [t for t in threading.enumerate() if t.name == "treadle-loader"]
+
+
+def test_a_split_of_another_name_is_refused(blobs):
+    rows = [Row(entity=w, inputs=list(w), target=["A"], split="dev" if i == 3 else None) for i, w in enumerate(WORDS)]
+    with pytest.raises(DataError, match="split: got 'dev', expected one of train, valid, test"):
+        build(blobs, dataclasses.replace(words_draft(), rows=rows))
+
+
+def test_rows_without_a_split_follow_their_entity(blobs):
+    rows = [
+        Row(entity="x", inputs=list("ab"), target=["A"], split="test"),
+        Row(entity="x", inputs=list("ba"), target=["B"]),
+    ]
+    rows += [Row(entity=w, inputs=list(w), target=["A"]) for w in WORDS[:9]]
+    _, manifest = build(blobs, dataclasses.replace(words_draft(), rows=rows))
+    assert (len(manifest.rows_of("test")), len(manifest.rows_of("train"))) == (2, 9)
+
+
+def test_an_entity_in_two_given_splits_is_a_leak(blobs):
+    rows = [Row(entity="x", inputs=list(w), target=["A"], split=s) for w, s in (("ab", "test"), ("ba", "train"))]
+    rows += [Row(entity=w, inputs=list(w), target=["A"]) for w in WORDS[:9]]
+    with pytest.raises(DataError, match="leak: entity in two splits"):
+        build(blobs, dataclasses.replace(words_draft(), rows=rows))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([[1.0, 2.0, 3.0, 4.0], [1.0]], "inhomogeneous"),
+        ([["1", "2", "x", "4"]], "could not convert"),
+        ([[1.0, float("inf"), 3.0, 4.0]], "got inf at time step 0, channel 1"),
+        ([[1.0, 2.0, 1e300, 4.0]], "got inf at time step 0, channel 2"),
+        ([1.0, 2.0, 3.0, 4.0], r"got shape \(4,\), expected \[T, 4\]"),
+    ],
+)
+def test_frames_that_are_no_numbers_are_named(blobs, values, words):
+    rows = [*frames_draft().rows, Row(entity="bad", inputs=values, target=["p"], where="f.csv:9", split="train")]
+    with pytest.raises(DataError, match=f"f.csv:9: .*{words}"):
+        build(blobs, dataclasses.replace(frames_draft(), rows=rows))
+
+
+def test_equal_inputs_have_one_hash(blobs):
+    rows = [
+        Row(entity=e, inputs=list(w), target=[t]) for e, w, t in (("x", "ab", "A"), ("x", "ab", "B"), ("y", "ba", "A"))
+    ]
+    _, manifest = build(blobs, dataclasses.replace(words_draft(), rows=rows))
+    hashes = dict(zip(manifest.columns["entity"].tolist(), manifest.columns["inputs"].tolist(), strict=True))
+    assert len(set(manifest.columns["inputs"].tolist())) == len(hashes) == 2
+
+
+def test_a_constant_channel_stays_finite(blobs):
+    rows = [Row(entity=str(i), inputs=np.array([[7.0, 7.0, 7.0, 7.0 + i]] * 3), target=["p"]) for i in range(9)]
+    _, manifest = build(blobs, dataclasses.replace(frames_draft(), rows=rows))
+    batch = RowReader(blobs, manifest).batch(np.arange(9))
+    assert np.isfinite(batch.inputs).all()
+    assert not batch.inputs[..., :3].any()
+
+
+def test_a_limit_keeps_the_same_entities_whatever_the_order(blobs):
+    _, manifest = build(blobs, words_draft(), limit=20, valid=3, test=4)
+    _, again = build(blobs, words_draft(list(reversed(WORDS))), limit=20, valid=3, test=4)
+    assert [len(manifest.rows_of(split)) for split in ("train", "valid", "test")] == [13, 3, 4]
+    assert sorted(manifest.columns["entity"].tolist()) == sorted(again.columns["entity"].tolist())
+
+
+def test_unknown_symbols_of_other_splits_are_the_unknown_one(blobs):
+    rows = [Row(entity=w, inputs=list(w), target=["A"], split="train") for w in ("ab", "ba")]
+    rows.append(Row(entity="z", inputs=list("azb"), target=["A"], split="test"))
+    _, manifest = build(blobs, dataclasses.replace(words_draft(), rows=rows))
+    assert manifest.header.preprocessing.symbols == ("<unknown>", "a", "b")
+    assert RowReader(blobs, manifest).batch(manifest.rows_of("test")).inputs.tolist() == [[1, 0, 2]]

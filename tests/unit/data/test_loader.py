@@ -23,7 +23,9 @@ WORDS = ["".join(letters) for letters in itertools.product("abcd", repeat=4)]
 
 
 def words_draft():
-    rows = [Row(entity=w, inputs=list(w * (1 + i % 4)), target=list(w.upper()[: 1 + i % 3])) for i, w in enumerate(WORDS)]
+    rows = [
+        Row(entity=w, inputs=list(w * (1 + i % 4)), target=list(w.upper()[: 1 + i % 3])) for i, w in enumerate(WORDS)
+    ]
     return Draft(rows=rows, inputs=Tokens(), labels=tuple("ABCD"), licence="none")
 
 
@@ -211,5 +213,3 @@ def test_it_is_at_most_so_many_items_ahead():
     assert len(made) <= 10 + 2 + 1
     assert list(items) == list(range(10, 100))
     assert not loaders()
-
-

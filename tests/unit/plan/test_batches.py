@@ -80,3 +80,42 @@ def test_padding_is_small_on_long_tailed_lengths():
 def test_a_row_above_the_budget_is_named():
     with pytest.raises(ConfigError, match=r"batch\.slots: got 64, expected at least 65, the length of row 2"):
         plan_epoch(np.array([3, 9, 65]), BatchSpec(slots=64), lanes=1, seed=0, epoch=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths, st.integers(300, 2000), st.integers(1, 9), st.integers(0, 3))
+def test_the_largest_microbatch_is_the_largest(lengths_N, slots, lanes, epoch):
+    plan = plan_epoch(lengths_N, BatchSpec(slots=slots), lanes=lanes, seed=1, epoch=epoch)
+    rows = plan.lane_rows(*plan.largest)
+    assert len(rows) * lengths_N[rows].max() == plan.worst_slots
+    assert plan.frames == lengths_N.sum()
+    assert plan.frames <= plan.slots
+    assert plan.fill == plan.frames / plan.slots
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths, st.integers(1, 9), st.integers(1, 5))
+def test_a_budget_of_rows_holds_too(lengths_N, lanes, max_rows):
+    plan = plan_epoch(lengths_N, BatchSpec(slots=10_000, max_rows=max_rows), lanes=lanes, seed=0, epoch=0)
+    found = [len(plan.lane_rows(r, lane)) for r in range(plan.num_rounds) for lane in range(lanes)]
+    assert max(found) <= max_rows
+    assert sum(found) == len(lengths_N)
+
+
+def test_lanes_of_a_round_differ_by_one_row_at_most():
+    lengths_N = np.random.default_rng(0).integers(1, 90, 1000)
+    plan = plan_epoch(lengths_N, BatchSpec(slots=700), lanes=7, seed=0, epoch=0)
+    for number in range(plan.num_rounds):
+        sizes = [len(plan.lane_rows(number, lane)) for lane in range(7)]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_seeds_differ():
+    lengths_N = np.arange(1, 300)
+    digests = {plan_epoch(lengths_N, BatchSpec(slots=2000), lanes=2, seed=s, epoch=0).digest for s in (0, 1, 2**31 - 1)}
+    assert len(digests) == 3
+
+
+def test_no_rows_is_an_error():
+    with pytest.raises(ConfigError, match="no training rows"):
+        plan_epoch(np.array([], np.int64), BatchSpec(), lanes=1, seed=0, epoch=0)

@@ -48,7 +48,9 @@ def job(**changes) -> JobSpec:
 
 def card(lengths=(3, 4, 5, 6), label_frames=(2, 9, 3, 12), split="train") -> DataCard:
     rows = SplitCard(
-        lengths_N=np.array(lengths, np.int64), label_frames_N=np.array(label_frames, np.int64), num_entities=len(lengths)
+        lengths_N=np.array(lengths, np.int64),
+        label_frames_N=np.array(label_frames, np.int64),
+        num_entities=len(lengths),
     )
     return DataCard(name="toy", digest="d", signature=TOKENS, splits={split: rows})
 

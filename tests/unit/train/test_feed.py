@@ -56,6 +56,8 @@ def test_an_empty_share_is_an_update_without_batches():
     toy = Toy(toy_spec(batch=BatchSpec(slots=2000, lanes=100), train=TrainSpec(epochs=1)))  # more lanes than rows
     updates = list(toy.feed(World(rank=99, size=100)).starting_at(0, 0))
     assert [update.micros for update in updates] == [()]
+    assert updates[0].rows > 0
+    assert updates[0].frames > updates[0].rows
 
 
 def test_the_largest_batch_is_the_largest_of_the_epoch_on_every_rank(toy):
@@ -64,6 +66,15 @@ def test_the_largest_batch_is_the_largest_of_the_epoch_on_every_rank(toy):
     batches = [m.batch for update in feed.starting_at(0, 0) if update.epoch == 0 for m in update.micros]
     assert largest.slots == max(batch.slots for batch in batches) <= 40
     assert (toy.feed(World(rank=3, size=4)).largest().rows_B == largest.rows_B).all()
+
+
+def test_an_update_knows_what_all_ranks_have(toy):
+    for size in (1, 5):
+        ranks = [toy.feed(World(rank=rank, size=size)).starting_at(0, 0) for rank in range(size)]
+        for shares in zip(*ranks, strict=True):
+            batches = [micro.batch for share in shares for micro in share.micros]
+            assert {share.frames for share in shares} == {sum(batch.frames for batch in batches)}
+            assert {share.rows for share in shares} == {sum(len(batch.rows_B) for batch in batches)}
 
 
 def test_every_batch_keeps_to_the_budget(toy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_the_course_has_no_jumps(spec: OptimSpec, share):
 def test_after_the_warm_up_the_rate_never_rises(spec: OptimSpec, found):
     later = sorted(share for share in found if share >= spec.warmup_share)
     rates = [learning_rate(spec, share) for share in later]
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(rates, rates[1:], strict=False))
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(rates))
 
 
 def test_the_warm_up_is_linear():

@@ -92,7 +92,7 @@ def test_every_world_tells_the_same_numbers(seen, size):
                 if name in wanted:
                     assert told[name] == pytest.approx(wanted[name], rel=1e-5), (update, name)
     clip = [told["train/grad_norm"] for _, told in alone if "train/grad_norm" in told]
-    assert max(clip) > 0.3  # some were clipped
+    assert max(clip) > 0.1  # some were clipped
 
 
 @pytest.mark.parametrize("size", SIZES[1:])

@@ -50,7 +50,9 @@ def test_error_rates_by_hand():
         ],
     )
     assert CTC.metrics(scores) == pytest.approx({"phone_error_rate": 5 / 11, "word_error_rate": 4 / 5})
-    wrong = {(w, g): int(n) for w, line in enumerate(scores.counts.tolist()) for g, n in enumerate(line) if n and w != g}
+    wrong = {
+        (w, g): int(n) for w, line in enumerate(scores.counts.tolist()) for g, n in enumerate(line) if n and w != g
+    }
     assert wrong == {(1, 2): 1, (1, 3): 1, (3, 1): 2, (2, 3): 1}
 
 

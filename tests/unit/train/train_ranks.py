@@ -56,7 +56,10 @@ def float64(world: World, folder: Path) -> dict[str, Any]:
     run = toy.run(world=world, double=True)
     outcome = fit(run)
     np.save(folder / f"float64-{world.size}-{world.rank}.npy", weights(run).numpy())
-    return {"test": outcome.test.metrics, "micros": [len(update.micros) for update in toy.feed(world).starting_at(0, 0)]}
+    return {
+        "test": outcome.test.metrics,
+        "micros": [len(update.micros) for update in toy.feed(world).starting_at(0, 0)],
+    }
 
 
 def resumed(world: World, folder: Path) -> dict[str, Any]:
@@ -73,7 +76,11 @@ def resumed(world: World, folder: Path) -> dict[str, Any]:
         rest = toy.run(world=world, saved=saved)
         fit(rest)
         same = torch.equal(weights(rest), weights(whole))
-        found[name] = {"stopped": [stopped.status, stopped.state.update], "same": same, "kept": len(whole.checkpoints.states)}
+        found[name] = {
+            "stopped": [stopped.status, stopped.state.update],
+            "same": same,
+            "kept": len(whole.checkpoints.states),
+        }
     return found
 
 
@@ -105,7 +112,12 @@ def few_rows(world: World, folder: Path) -> dict[str, Any]:
     toy = ctc(data=DataSpec(name="toy", valid=1, test=2))
     run = toy.run(world=world)
     found = run.test(run.network, run.precision)
-    return {"metrics": found.metrics, "num_rows": found.num_rows, "own": len(found.samples), "mode": run.network.training}
+    return {
+        "metrics": found.metrics,
+        "num_rows": found.num_rows,
+        "own": len(found.samples),
+        "mode": run.network.training,
+    }
 
 
 def agreeing(world: World, folder: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from treadle.train.task import ClassifyTask
 
 FP32 = PrecisionChoice(name="fp32", device="cpu", why="as asked", probe_ms={})
 LETTERS = "abcdefg"
-SGD = SgdSpec(lr=0.5, momentum=0.5, weight_decay=0.01, clip_norm=0.3)
+SGD = SgdSpec(lr=0.5, momentum=0.5, weight_decay=0.01, clip_norm=0.1)
 ADAMW = AdamWSpec(lr=3e-2, weight_decay=0.01)
 
 
@@ -99,7 +99,9 @@ class Toy:
         _, self.manifest = build_dataset(draft, spec.data, self.blobs, recipe="r")
 
     def feed(self, world: World) -> Feed:
-        return Feed(self.spec, self.manifest, RowReader(self.blobs, self.manifest), lanes=self.lanes(world), world=world)
+        return Feed(
+            self.spec, self.manifest, RowReader(self.blobs, self.manifest), lanes=self.lanes(world), world=world
+        )
 
     def lanes(self, world: World) -> int:
         return self.spec.batch.lanes or world.size

@@ -1,0 +1,41 @@
+"""A printed table that is also kept, with what it was measured on."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["record"]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def record(name: str, title: str, command: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a Markdown table and write it to results/<name>.md."""
+    line = "| " + " | ".join(headers) + " |"
+    rule = "| " + " | ".join("---" for _ in headers) + " |"
+    body = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    text = "\n".join([f"# {title}", "", f"`{command}`, {_machine()}", "", line, rule, *body, ""])
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def _machine() -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    when = dt.datetime.now(dt.UTC).date()
+    return f"{len(os.sched_getaffinity(0))} CPU cores ({_cpu()}), {versions}, {when}, commit {commit.stdout.strip()}"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
