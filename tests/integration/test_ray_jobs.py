@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -117,6 +119,23 @@ def test_ctrl_c_detaches_and_the_job_goes_on(on_cluster, toy, cluster, interrupt
     time.sleep(1.0)
     assert on_cluster.ok("status", run)["status"] == "running"
     assert on_cluster.ok("stop", run)["status"] == "stopped"
+
+
+def test_the_block_of_the_readme_runs(on_cluster, toy, cluster, root):
+    text = (root / "README.md").read_text(encoding="utf-8")
+    (submit,) = re.findall(r"^treadle (submit .*--on ray.*)$", text, re.MULTILINE)
+    stop = text.split(submit, 1)[1].splitlines()[1].removeprefix("treadle ")
+    (toy.parent / "jobs").mkdir()
+    toy.rename(toy.parent / "jobs" / "g2p")
+    job = toy.parent / "jobs" / "g2p" / "job.yaml"
+    job.write_text(job.read_text().replace("name: toy\n", "name: g2p\n", 1).replace("epochs: 6", "epochs: 4000"))
+    on_cluster.ok("prepare", "g2p")
+    run = on_cluster.ok(*shlex.split(submit.replace("http://127.0.0.1:8265", cluster["address"])))["run"]
+    deadline = time.monotonic() + 100
+    while on_cluster.ok("status", run)["update"] < 3:
+        assert time.monotonic() < deadline, on_cluster("logs", run).out
+        time.sleep(0.5)
+    assert on_cluster.ok(*shlex.split(stop))["status"] == "stopped"
 
 
 def test_a_wrong_token_is_named(treadle, toy, cluster):

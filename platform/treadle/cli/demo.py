@@ -124,9 +124,7 @@ def _serving(*arguments: str) -> Iterator[dict[str, Any]]:
     )
     lines: queue.Queue[str] = queue.Queue()
     assert process.stdout is not None
-    threading.Thread(
-        target=lambda out: [lines.put(line) for line in [*out, ""]], args=(process.stdout,), daemon=True
-    ).start()
+    threading.Thread(target=_copy, args=(process.stdout, lines), daemon=True).start()
     try:
         line = lines.get(timeout=SERVE_TIMEOUT_S)
         reply = json.loads(line) if line else {}

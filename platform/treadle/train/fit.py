@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -176,7 +177,6 @@ class Meters:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._norm: Tensor | None = None
         self._reset()
 
     def waiting(self, updates: Iterator[Update]) -> Iterator[Update]:
@@ -205,7 +205,7 @@ class Meters:
         self._frames += update.frames
         self._rows += update.rows
         self._slots += sum(micro.batch.slots for micro in update.micros)
-        self._norm = norm if self._norm is None else torch.maximum(norm, self._norm + 0 * norm)
+        self._norms = self._norms + norm
         self._last_norm = norm
 
     def check_finite(self, state: TrainState) -> None:
@@ -216,7 +216,7 @@ class Meters:
         Raises:
             DivergenceError: a gradient norm since the last row was not finite.
         """
-        if self._norm is not None and not bool(torch.isfinite(self._norm)):
+        if not math.isfinite(self._norms):
             raise DivergenceError(
                 f"training diverged by update {state.update}: the gradient norm is not finite",
                 hint="a new run with a smaller optim.lr, or with optim.clip_norm; resuming this one gives the same",
@@ -253,4 +253,4 @@ class Meters:
         self._loss: Tensor | float = 0.0
         self._updates, self._count, self._frames, self._rows, self._slots = 0, 0.0, 0, 0, 0
         self._wait_s = 0.0
-        self._norm = None
+        self._norms: Tensor | float = 0.0
