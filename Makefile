@@ -36,6 +36,8 @@ jobs: setup
 
 bench: setup
 	$(BIN)/python tests/bench/startup.py
+	$(BIN)/python tests/bench/batching.py
+	$(BIN)/python tests/bench/tracking.py
 
 constraints: setup
 	{ sed -n '/^#/p' infra/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^treadle'; } > infra/constraints.new

@@ -46,7 +46,7 @@ def run_report(blobs: Blobs, run: str) -> str:
         started_s=min(times, default=None),
         duration_s=max(times) - min(times) if times else None,
         facts={
-            "model": f"{'bidirectional ' if spec.model.bidirectional else ''}{spec.model.kind}",
+            "network": f"{'bidirectional ' if spec.model.bidirectional else ''}{spec.model.kind}",
             "parameters": f"{plan.parameters:,}",
             "ranks": str(plan.world),
             "precision": next((str(e["format"]) for e in events if e.get("event") == "precision"), "?"),

@@ -79,6 +79,9 @@ def test_an_entity_with_several_inputs_is_several_questions():
     found, _ = evaluated([says("ann", "ab", "AB"), says("ann", "ca", "BB"), says("bob", "ab", "AB")])
     assert found.num_rows == 3
     assert found.metrics["word_error_rate"] == pytest.approx(1 / 3)
+    found, _ = evaluated([says("ann", "ab", "CC"), says("ann", "ba", "BA"), says("ann", "ab", "AB")])
+    assert found.num_rows == 2
+    assert found.metrics["word_error_rate"] == 0.0
 
 
 @pytest.mark.parametrize("slots", [3, 64])
