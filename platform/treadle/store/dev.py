@@ -27,7 +27,7 @@ from treadle.errors import ConfigError, ConflictError, NotFoundError, TransientE
 from treadle.store.s3 import S3Blobs, S3Options
 from treadle.wire import parse_json
 
-__all__ = ["DevServer", "dev_server"]
+__all__ = ["DevServer", "dev_server", "find_weed"]
 
 _BUCKET = "treadle"
 _REGION = "us-east-1"
@@ -82,7 +82,7 @@ def dev_server(folder: Path, *, port: int | None = None) -> Iterator[DevServer]:
         ConflictError: another server uses the folder.
         TransientError: it did not come up.
     """
-    program = _find_weed()
+    program = find_weed()
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     with _only_user_of(folder):
@@ -109,7 +109,7 @@ def dev_server(folder: Path, *, port: int | None = None) -> Iterator[DevServer]:
                     )
 
 
-def _find_weed() -> Path:
+def find_weed() -> Path:
     """The program beside this interpreter, where the wheel puts it, or on the path."""
     beside = Path(sysconfig.get_path("scripts")) / "weed"
     if beside.is_file():
