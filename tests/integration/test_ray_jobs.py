@@ -8,7 +8,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -67,12 +66,14 @@ def cluster() -> Iterator[dict[str, str]]:
                 time.sleep(0.5)
         yield {"address": address, "token": token}
     finally:
-        children = psutil.Process(head.pid).children(recursive=True)
-        head.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs([psutil.Process(head.pid), *children], timeout=15)
-        for process in alive:
-            process.kill()
-        head.wait()
+        family: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        head.terminate()
+        for process in psutil.wait_procs(family, timeout=15)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait(timeout=30)
         shutil.rmtree(folder, ignore_errors=True)
 
 

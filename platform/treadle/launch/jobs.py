@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,6 +20,7 @@ from treadle.store import Backend
 __all__ = ["RayCluster"]
 
 _TIMEOUT_S = 5.0
+_SETTLE_S = 10.0
 _DEFAULT = "http://127.0.0.1:8265"
 
 
@@ -46,6 +48,19 @@ class RayCluster:
 
     def capacity(self) -> Capacity:
         """CPUs, GPUs and memory of all nodes that are up, whoever uses them now."""
+        total = self._resources()
+        deadline = time.monotonic() + _SETTLE_S
+        while not total.get("CPU") and time.monotonic() < deadline:
+            time.sleep(0.5)  # a head that has just started answers before it knows its own node
+            total = self._resources()
+        return Capacity(
+            where=f"the cluster at {self.address}",
+            cpus=int(total.get("CPU", 0)),
+            gpus=int(total.get("GPU", 0)),
+            memory_bytes=int(total.get("memory", 0)),
+        )
+
+    def _resources(self) -> dict[str, float]:
         nodes = self._get("/nodes?view=summary").get("data", {}).get("summary", [])
         total: dict[str, float] = {}
         for node in nodes:
@@ -53,12 +68,7 @@ class RayCluster:
             if raylet.get("state") == "ALIVE":
                 for name, amount in raylet.get("resourcesTotal", {}).items():
                     total[name] = total.get(name, 0.0) + float(amount)
-        return Capacity(
-            where=f"the cluster at {self.address}",
-            cpus=int(total.get("CPU", 0)),
-            gpus=int(total.get("GPU", 0)),
-            memory_bytes=int(total.get("memory", 0)),
-        )
+        return total
 
     def submit(self, store: str, run: str, attempt: int) -> str:
         """Start the driver of a run on the cluster; returns the submission id, which is the same for the same attempt.

@@ -25,8 +25,9 @@ KEY = "local-" + 40 * "a"
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_running(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    before = set(psutil.Process().children(recursive=True))
     yield
-    assert [process.name() for process in psutil.Process().children(recursive=True)] == []
+    assert [process.name() for process in set(psutil.Process().children(recursive=True)) - before] == []
     assert capfd.readouterr() == ("", "")  # all that wandb has to say goes through `notice`
 
 
@@ -180,10 +181,11 @@ def test_a_server_that_goes_away_bounds_the_end(tmp_path: Path, monkeypatch: pyt
 
 def test_a_client_that_hangs_is_ended(tmp_path: Path) -> None:
     notice = Notices()
+    before = set(psutil.Process().children())
     sink = build_sink(tmp_path, notice, finish_timeout_s=0.5)
     while not notice:
         time.sleep(0.05)
-    for process in psutil.Process().children():
+    for process in set(psutil.Process().children()) - before:
         process.suspend()
     for update in range(100):
         sink.log(update, {"train/loss": 1.0})
