@@ -20,7 +20,7 @@ IMPORTERS = {
     "botocore": {"store/s3.py"},
     "wandb": {"track/wandb.py"},
     "pyarrow": {"data/"},
-    "ray": {"launch/", "serve/"},
+    "ray": {"launch/", "serve/", "cluster.py"},
     "torch": {"nn/", "train/", "launch/", "serve/", "cli/doctor.py"},
     "safetensors": {"train/"},
     "starlette": {"serve/"},

@@ -70,7 +70,7 @@ def store(tmp_path: Path) -> LocalBlobs:
 
 
 def ray_folders() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("trs*"))
+    return set(Path(tempfile.gettempdir()).glob("trd*"))
 
 
 def settings() -> dict[str, str]:

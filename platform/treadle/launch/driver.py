@@ -61,7 +61,7 @@ def _train(assignment: Assignment, runs: Runs, backend: Backend) -> dict[str, An
         from treadle.train import World
 
         return train_rank(assignment, World())
-    from treadle.launch.cluster import train_on_ray
+    from treadle.launch.group import train_on_ray
 
     return train_on_ray(assignment, spec.cluster, is_own_cluster=backend is not Backend.ray)
 

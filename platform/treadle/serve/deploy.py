@@ -16,9 +16,9 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from treadle import wire
+from treadle.cluster import is_connected, joined_ray, own_ray
 from treadle.errors import ConfigError, InternalError, TransientError, did_you_mean, error_from_json
 from treadle.serve.client import is_answering
-from treadle.serve.cluster import is_connected, joined_ray, own_ray
 from treadle.serve.listener import Listener, reserve_port
 from treadle.spec import ServeSpec
 from treadle.spec.schema import fields_of, show

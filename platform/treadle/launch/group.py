@@ -1,16 +1,10 @@
-"""Ranks on a Ray cluster: an own one on this machine, or the one that this job was submitted to."""
+"""Ranks by Ray Train, on a cluster of our own or on the one that this job was submitted to."""
 
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
-import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from treadle.errors import InfeasibleError, InternalError, TransientError, TreadleError
@@ -26,11 +20,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice beside log_to_driver
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_raylet_start_wait_time_s": "180",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 # What a cluster of one machine and one job can do without: every actor less is a second less.
@@ -49,7 +40,16 @@ def train_on_ray(assignment: Assignment, cluster: ClusterSpec, *, is_own_cluster
     """
     wanted = _ENVIRONMENT | (_OWN_ENVIRONMENT if is_own_cluster else {})
     os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
-    with _own_cluster(cluster) if is_own_cluster else _given_cluster(), tempfile.TemporaryDirectory() as scratch:
+    from treadle.cluster import joined_ray, own_ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    if is_own_cluster:
+        place = own_ray(num_cpus=max(1, cluster.workers * cluster.cpus_per_worker), show_logs=True)
+    elif address:
+        place = joined_ray(address, show_logs=True)
+    else:
+        raise InfeasibleError("RAY_ADDRESS: not set, expected the cluster that runs this job")
+    with place, tempfile.TemporaryDirectory() as scratch:
         return _fit(assignment, cluster, scratch, is_own_cluster=is_own_cluster)
 
 
@@ -119,51 +119,3 @@ def _translated(failures: dict[int, Exception]) -> TreadleError:
     if "Error" in (lines[-1] if lines else ""):
         return InternalError(f"rank {rank}: {lines[-1]}", hint="treadle logs, for the whole trace")
     return TransientError(f"rank {rank} was lost: {lines[-1] if lines else type(failures[rank]).__name__}")
-
-
-@contextmanager
-def _own_cluster(cluster: ClusterSpec) -> Iterator[None]:
-    """A Ray cluster on this machine for this process alone, gone with it."""
-    # Unix socket paths hold about 100 characters, so the folder's name is short.
-    folder = Path(tempfile.mkdtemp(prefix="trd", dir="/tmp"))
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ["RAY_TMPDIR"] = str(folder)
-    os.environ.pop("RAY_ADDRESS", None)
-    import ray
-
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(1, cluster.workers * cluster.cpus_per_worker),
-            include_dashboard=False,
-            object_store_memory=128 << 20,
-            namespace="treadle",
-            _temp_dir=str(folder),
-            _node_ip_address="127.0.0.1",
-        )
-        for number, handler in kept.items():
-            signal.signal(number, handler)  # ray.init puts its own in place, which abort without a checkpoint
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _given_cluster() -> Iterator[None]:
-    """The cluster that started this process."""
-    import ray
-
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        raise InfeasibleError("RAY_ADDRESS: not set, expected the cluster that runs this job")
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    ray.init(address=address, namespace="treadle")
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -1,4 +1,4 @@
-"""A Ray cluster to serve on: an own one on this machine, gone with the endpoint, or one that runs already."""
+"""A Ray cluster to train or serve on: an own one on this machine, gone with its block, or one that runs already."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ def is_connected() -> bool:
 
 
 @contextmanager
-def own_ray(*, num_cpus: int) -> Iterator[None]:
-    """A cluster on the loopback interface; on exit it has neither processes nor files left.
+def own_ray(*, num_cpus: int, show_logs: bool = False) -> Iterator[None]:
+    """A cluster for this process alone; on exit it has neither processes nor files left.
+
+    Args:
+        num_cpus: what it may hand out.
+        show_logs: print what Ray and its workers write.
 
     Raises:
         TransientError: Ray did not start.
     """
     parent = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="trs", dir=parent if len(parent) <= _LONGEST_FOLDER else "/tmp"))  # noqa: S108
+    folder = Path(tempfile.mkdtemp(prefix="trd", dir=parent if len(parent) <= _LONGEST_FOLDER else "/tmp"))  # noqa: S108
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -49,10 +53,12 @@ def own_ray(*, num_cpus: int) -> Iterator[None]:
     with _restored_signals(), _set(environment):
         try:
             _start(
+                show_logs=show_logs,
                 address="local",
                 num_cpus=num_cpus,
                 include_dashboard=False,
-                object_store_memory=80 << 20,
+                object_store_memory=128 << 20,
+                namespace="treadle",
                 _temp_dir=str(folder),
                 _node_ip_address="127.0.0.1",
             )
@@ -63,7 +69,7 @@ def own_ray(*, num_cpus: int) -> Iterator[None]:
 
 
 @contextmanager
-def joined_ray(address: str | None) -> Iterator[None]:
+def joined_ray(address: str | None, *, show_logs: bool = False) -> Iterator[None]:
     """The cluster that this process is connected to, or the one at `address`; it is left running.
 
     Raises:
@@ -74,22 +80,30 @@ def joined_ray(address: str | None) -> Iterator[None]:
         return
     with _restored_signals():
         try:
-            _start(address=address)
+            _start(show_logs=show_logs, address=address, namespace="treadle")
             yield
         finally:
             ray.shutdown()
 
 
-def _start(**options: object) -> None:
+def _start(*, show_logs: bool, **options: object) -> None:
+    level = logging.INFO if show_logs else logging.ERROR
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)  # type: ignore[arg-type]
+        ray.init(log_to_driver=show_logs, logging_level=level, configure_logging=True, **options)  # type: ignore[arg-type]
     except (ConnectionError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:  # type: ignore[attr-defined]
         raise TransientError(f"Ray: did not start ({str(error).splitlines()[0] if str(error) else error!r})") from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in kept.items():
+            # Ray's handler ends the process. Who had one of his own, such as a driver that commits a
+            # checkpoint first, gets it back; for others Ray's is better than none: it unwinds.
+            if callable(handler) and handler is not signal.default_int_handler:
+                signal.signal(number, handler)
 
 
 def _environment() -> os._Environ[str]:
     # Ray takes these settings from the environment alone, for this process and for those it starts.
-    return os.environ  # noqa: TID251
+    return os.environ
 
 
 @contextmanager
