@@ -111,6 +111,19 @@ def test_every_command_of_the_readme_runs(small, root, s3_server):
     } <= set(ran)
 
 
+def test_the_job_of_the_readme_is_one(treadle, root):
+    text = (root / "README.md").read_text(encoding="utf-8")
+    folder = treadle.folder / "jobs" / "parity"
+    folder.mkdir(parents=True)
+    for language, name in (("yaml", "job.yaml"), ("python", "prepare.py")):
+        (body,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+        (folder / name).write_text(body, encoding="utf-8")
+    treadle.ok("prepare", "parity")
+    done = treadle.ok("submit", "parity", "track=disabled")
+    assert done["metrics"]["test/accuracy"] > 0.95
+    assert treadle.ok("predict", "parity@latest", "110", "1011")["outputs"][1]["label"] == "odd"
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(280)
 def test_the_demo_walks_the_whole_road(small):

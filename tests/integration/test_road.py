@@ -44,6 +44,10 @@ def test_from_a_job_to_an_answer(treadle, toy, s3_server, tmp_path):
         )
         with urllib.request.urlopen(request, timeout=10) as answer:
             assert json.loads(answer.read())["outputs"][0]["labels"] == reply["outputs"][0]["labels"]
+        other = treadle.ok("submit", "./toy", "train.epochs=1", "model.hidden_size=8")["model_version"]
+        wrong = treadle("predict", f"toy@{other}", "abc", "--url", endpoint["url"])
+        assert wrong.code == 7
+        assert f"expected toy@{other}" in wrong.err
         bad = treadle("predict", "toy@production", "a?c")
         assert bad.code == 2
         assert "'?'" in bad.err

@@ -97,7 +97,7 @@ def _show_text(version: Any, held: list[str], history: list[Any]) -> str:
 
 
 def _takes(signature: dict[str, Any]) -> str:
-    each = f"one of {signature['input_size']} symbols"
+    each = f"one of {signature['input_size'] - 1} symbols"  # id 0 stands for unknown ones, which are refused
     if signature["input_kind"] == "frames":
         each = f"{signature['input_size']} numbers"
     return f"up to {signature['max_length']:,} time steps of {each}; answers with {signature['num_labels']} labels"

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from treadle.cli.options import answer, json_option, say, store_option, stored
-from treadle.errors import NotFoundError, RequestError, TreadleError
+from treadle.errors import ConflictError, NotFoundError, RequestError, TreadleError
 
 __all__ = ["predict", "serve"]
 
@@ -101,6 +101,11 @@ def predict(
         say(f"asking {found}")
         reply = ask(found, given)
         place = found
+        if (reply["model"], reply["version"]) != (version.name, version.version):
+            raise ConflictError(
+                f"{found}: got an answer of {reply['model']}@{reply['version']}, expected {version}",
+                hint=f"treadle serve {model}, or ask without --url",
+            )
     else:
         from treadle.serve.predictor import Predictor
 

@@ -96,21 +96,36 @@ def _status_text(body: dict[str, Any], spec: Any, history: Any) -> str:
 @store_option
 @json_option
 def logs(run: str, follow: bool, store_uri: str | None, as_json: bool) -> None:
-    """Print what the driver and its workers wrote."""
+    """Print what a run did and wrote: its events and evaluations, and the output of driver and workers."""
     from treadle.store import Runs
     from treadle.store import follow as follow_journal
 
     blobs = stored(store_uri)
     runs = Runs(blobs)
     record = runs.get(run)
-    reader = follow_journal(blobs, f"runs/{record.run}/logs.jsonl")
+    readers = [follow_journal(blobs, f"runs/{record.run}/{name}.jsonl") for name in ("logs", "events", "metrics")]
     while True:
         is_over = not follow or runs.status(record.run).end is not None
-        for row in reader.poll():
-            answer(as_json, {"time": row.get("time"), "text": row.get("text", "")}, str(row.get("text", "")))
+        rows = [
+            (row.get("time") or 0.0, text) for reader in readers for row in reader.poll() if (text := _log_line(row))
+        ]
+        for time_s, text in sorted(rows, key=lambda row: row[0]):
+            answer(as_json, {"time": time_s, "text": text}, text)
         if is_over:
             return
         time.sleep(0.5)
+
+
+def _log_line(row: dict[str, Any]) -> str:
+    """One row of a journal as a line; "" for what is only of use in a curve."""
+    if "text" in row and "event" not in row:
+        return str(row["text"])
+    if "event" in row:
+        fixed = ("schema", "attempt", "time", "event")
+        return " ".join([f"[{row['event']}]", *(f"{key}={value}" for key, value in row.items() if key not in fixed)])
+    shown = {name: value for name, value in row["metrics"].items() if name.startswith(("val/", "test/"))}
+    words = (f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items())
+    return " ".join([f"[update {row['update']}]", *words]) if shown else ""
 
 
 @click.command()

@@ -148,6 +148,8 @@ def _encode(
                 values, length = _frames(row, draft.inputs)
             if not 1 <= length <= spec.max_length:
                 raise ValueError(f"length: got {length}, expected 1 to data.max_length = {spec.max_length}")
+            if isinstance(row.target, str):  # a problem of the row, listed with the others
+                raise ValueError(f"target: got the text {row.target!r}, expected a list of labels, as [{row.target!r}]")  # noqa: TRY004
             labels = np.array([label_ids[label] for label in row.target], np.int32)
             if not len(labels):
                 raise ValueError("target: got no label, expected at least one")

@@ -68,7 +68,8 @@ class Reader:
         """An input that is accepted."""
         if self._width:
             return [[round(float(value), 3) for value in self._mean]] * min(2, self.max_length)
-        some = list(self._symbols)[: min(4, self.max_length)]
+        letters = [symbol for symbol in self._symbols if symbol.isalnum()] or list(self._symbols)
+        some = letters[: min(4, self.max_length)]
         return "".join(some) if self.takes_text else some
 
     def read(self, inputs: Any) -> list[Encoded]:

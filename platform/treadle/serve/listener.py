@@ -57,10 +57,13 @@ def _bound(host: str, port: int, *options: int) -> socket.socket:
         sock.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"serve.port: got {port}, which is taken, expected a free one", hint="serve.port=0"
+                f"serve.port: got {port}, which is taken, expected a free one",
+                hint="treadle serve ... --port 0 takes a free one",
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise ConfigError(f"serve.port: got {port}, expected one from 1024 up", hint="serve.port=0") from None
+            raise ConfigError(
+                f"serve.port: got {port}, expected one from 1024 up", hint="treadle serve ... --port 0 takes a free one"
+            ) from None
         raise ConfigError(
             f"serve.host: got {host!r} ({error.strerror or error}), expected an address of this machine",
             hint="serve.host=127.0.0.1",

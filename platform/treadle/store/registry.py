@@ -121,8 +121,9 @@ class Registry:
             aliases = self.aliases(name)
             listed = ", ".join(sorted(aliases)) or "none yet"
             raise NotFoundError(
-                f"model: got {ref!r}, expected a version or an alias ({listed}){did_you_mean(which, aliases)}",
-                hint=f"treadle models show {name}",
+                f"model: got {ref!r}, expected a version from {known[0]} to {known[-1]} or an alias ({listed})"
+                f"{did_you_mean(which, aliases)}",
+                hint=f"treadle models promote {name}@{known[-1]} {which}",
             )
         return self._version(name, pointer.version)
 

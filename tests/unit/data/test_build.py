@@ -260,3 +260,9 @@ def test_unknown_symbols_of_other_splits_are_the_unknown_one(blobs):
     _, manifest = build(blobs, dataclasses.replace(words_draft(), rows=rows))
     assert manifest.header.preprocessing.symbols == ("<unknown>", "a", "b")
     assert RowReader(blobs, manifest).batch(manifest.rows_of("test")).inputs.tolist() == [[1, 0, 2]]
+
+
+def test_a_text_as_target_is_named(blobs):
+    rows = [Row(entity=str(i), inputs=list("ab"), target="AB") for i in range(3)]
+    with pytest.raises(DataError, match=r"target: got the text 'AB', expected a list of labels"):
+        build(blobs, dataclasses.replace(words_draft(), rows=rows))
