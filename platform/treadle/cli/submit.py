@@ -115,13 +115,13 @@ def submit(job: str, overrides: tuple[str, ...], place: str, follow: bool, as_js
     """
     from treadle.launch.submit import create_run, plan_job
     from treadle.launch.view import plan_text
-    from treadle.store import Backend, open_blobs
+    from treadle.store import open_blobs
 
     spec, folder = _compose(job, overrides)
     blobs = open_blobs(spec.store.uri)
     made = plan_job(spec, folder, blobs, _capacity(spec, place), asked=_asked(job, overrides))
     say(plan_text(spec, made))
-    backend = Backend.ray if place == "ray" else Backend.inline if spec.cluster.workers == 0 else Backend.local
+    backend = _backend(place, spec)
     record = create_run(spec, made, blobs, backend)
     say(f"run       {record.run}")
     return _start(blobs, record, spec, made, follow=follow, as_json=as_json)
@@ -139,7 +139,7 @@ def resume(run: str, place: str, follow: bool, store_uri: str | None, address: s
     from dataclasses import replace
 
     from treadle.launch.records import read_job
-    from treadle.store import Backend, Runs, RunState
+    from treadle.store import Runs, RunState
 
     blobs = stored(store_uri)
     runs = Runs(blobs)
@@ -152,9 +152,17 @@ def resume(run: str, place: str, follow: bool, store_uri: str | None, address: s
     spec, made = read_job(runs, record.run)
     if address:
         spec = replace(spec, cluster=replace(spec.cluster, address=address))
-    backend = Backend.ray if place == "ray" else Backend.inline if spec.cluster.workers == 0 else Backend.local
+    backend = _backend(place, spec)
     say(f"run       {record.run}, attempt {status.attempt + 1}")
     return _start(blobs, replace(record, backend=backend), spec, made, follow=follow, as_json=as_json)
+
+
+def _backend(place: str, spec: Any) -> Any:
+    from treadle.store import Backend
+
+    if place == "ray":
+        return Backend.ray
+    return Backend.inline if spec.cluster.workers == 0 else Backend.local
 
 
 def _is_alive(runs: Any, run: str) -> bool:

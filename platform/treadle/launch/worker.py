@@ -70,7 +70,6 @@ def train_rank(assignment: Assignment, world: World) -> dict[str, Any]:
     with world.first() as is_first:
         if is_first:
             checkpoints.acquire()
-    is_first = world.rank == 0
     tracker = _tracker(assignment, blobs, spec, plan) if is_first else None
     control = _Mailbox(runs, assignment) if is_first else None
     saver = _Saver(checkpoints, spec, tracker) if is_first else None
@@ -135,7 +134,8 @@ def _build(
     network = build_network(spec.model, spec.task, plan.signature).to(world.device)
     optimizer = build_optimizer(spec.optim, network)
     feed = Feed(spec, manifest, reader, lanes=plan.lanes, world=world)
-    if not world.agree(feed.plan(0).digest) or feed.plan(0).digest != plan.batch_digest:
+    batches = feed.plan(0).digest
+    if not world.agree(batches) or batches != plan.batch_digest:
         raise InternalError("batches: this rank plans other batches than the plan says; do all nodes run one version?")
     track = tracker or NullTracker()
     state = TrainState()
