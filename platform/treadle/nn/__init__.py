@@ -7,6 +7,7 @@ call, one form of state and one treatment of rows of unlike length.
 from treadle.nn.cells import GRU, LSTM, RNN, MinGRU, MinLSTM
 from treadle.nn.losses import classify_loss_sum, ctc_greedy, ctc_loss_sum
 from treadle.nn.network import Network, build_network, count_parameters
+from treadle.nn.rows import debug_checks
 
 __all__ = [
     "GRU",
@@ -18,6 +19,7 @@ __all__ = [
     "build_network",
     "classify_loss_sum",
     "count_parameters",
+    "debug_checks",
     "ctc_greedy",
     "ctc_loss_sum",
 ]

@@ -1,6 +1,6 @@
 """The five recurrent layers, one signature: drop-ins for `torch.nn.GRU`.
 
-Shape letters: B rows, T time steps, D features, H hidden, G gates * H.
+Shape letters: B or S rows, T time steps, D features, H hidden, G gates * H, N frames of all rows end to end.
 
 RNN, LSTM and GRU run torch's fused kernels (oneDNN, cuDNN) over padded rows, one layer and one
 direction at a time. MinGRU and MinLSTM are one projection and one `gated_scan`.
@@ -13,25 +13,32 @@ code's.
 
 from __future__ import annotations
 
-import functools
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from treadle.errors import ConfigError
+from treadle.nn.autocast import low_precision_where_fast, stored_dtype
+from treadle.nn.cell import Cell, Reading, State
+from treadle.nn.gates import Candidate, GateForm, ScanOptions
 from treadle.nn.rows import Rows
-from treadle.nn.scan import GateForm, gated_scan, gated_step
-from treadle.nn.stack import Cell, RecurrentStack, State
+from treadle.nn.scan import gated_scan, gated_step
+from treadle.nn.stack import RecurrentStack
 
 __all__ = ["GRU", "LSTM", "RNN", "MinGRU", "MinLSTM"]
 
 
 class _KernelCell(Cell):
-    """One of torch's recurrent kernels: a single layer in one direction."""
+    """One of torch's recurrent kernels: a single layer in one direction, over padded rows."""
 
     def __init__(self, rnn: nn.RNNBase) -> None:
         super().__init__()
         self.rnn = rnn
+        self.state_size = self.output_size = rnn.hidden_size
         for name, parameter in rnn.named_parameters():
             if "bias" in name:
                 nn.init.zeros_(parameter)
@@ -43,12 +50,27 @@ class _KernelCell(Cell):
         """w_ih, w_hh and, with biases, b_ih, b_hh."""
         return tuple(self.rnn.parameters())
 
-    def forward(self, x_BTD: Tensor, state: State, rows: Rows | None, *, final_state: bool) -> tuple[Tensor, State]:
-        h_BTH, h_last_LBH = self.rnn(x_BTD, state["h"][None])
-        if not final_state:
-            return h_BTH, {}
-        last_BH = h_last_LBH[0] if rows is None else rows.last(h_BTH)
-        return h_BTH, {"h": last_BH.to(state["h"].dtype)}
+    def forward(self, x: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:
+        with low_precision_where_fast(x):
+            if reading.decay is not None:
+                return self._run_decaying(x, state, reading.decay, reading)
+            return self._run(x, state, reading)
+
+    @abstractmethod
+    def _run(self, x_BTD: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:
+        """`forward` in torch's kernel."""
+
+    def _run_decaying(self, x_BTD: Tensor, state: State, decay_BTH: Tensor, reading: Reading) -> tuple[Tensor, State]:
+        """`forward` step by step: torch's kernels let nobody at the state between two frames."""
+        steps: dict[str, list[Tensor]] = {name: [] for name in self.state_names}
+        for x_BD, decay_BH in zip(x_BTD.unbind(1), decay_BTH.to(state["h"].dtype).unbind(1), strict=True):
+            _, state = self.step(x_BD, {name: part * decay_BH for name, part in state.items()})
+            for name, part in state.items():
+                steps[name].append(part)
+        whole = {name: torch.stack(parts, dim=1) for name, parts in steps.items()}
+        if not reading.final_state:
+            return whole["h"], {}
+        return whole["h"], {name: reading.rows.last(part_BTH) for name, part_BTH in whole.items()}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         with torch.autocast(x_BD.device.type, enabled=False):
@@ -59,16 +81,29 @@ class _KernelCell(Cell):
         raise NotImplementedError
 
 
-class _RnnCell(_KernelCell):
+class _OneStateCell(_KernelCell):
+    """A kernel whose state is its output."""
+
+    def _run(self, x_BTD: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:
+        h_BTH, _ = self.rnn(_castable(x_BTD), state["h"][None])
+        if not reading.final_state:
+            return h_BTH, {}
+        return h_BTH, {"h": reading.rows.last(h_BTH).to(state["h"].dtype)}
+
+
+class _RnnCell(_OneStateCell):
     def __init__(self, input_size: int, *, hidden_size: int, bias: bool, nonlinearity: str = "tanh") -> None:
+        functions = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
+        if nonlinearity not in functions:
+            raise ConfigError(f"nonlinearity: got {nonlinearity!r}, expected 'tanh' or 'relu'")
         super().__init__(nn.RNN(input_size, hidden_size, bias=bias, batch_first=True, nonlinearity=nonlinearity))
-        self._step_function = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}[nonlinearity]
+        self._step_function = functions[nonlinearity]
 
     def _step(self, x_BD: Tensor, h_BH: Tensor) -> Tensor:
         return self._step_function(x_BD, h_BH, *self._weights())
 
 
-class _GruCell(_KernelCell):
+class _GruCell(_OneStateCell):
     def __init__(self, input_size: int, *, hidden_size: int, bias: bool) -> None:
         super().__init__(nn.GRU(input_size, hidden_size, bias=bias, batch_first=True))
 
@@ -85,22 +120,16 @@ class _LstmCell(_KernelCell):
             with torch.no_grad():
                 self.rnn.get_parameter("bias_ih_l0")[hidden_size : 2 * hidden_size] = 1.0  # i, f, g, o
 
-    def forward(self, x_BTD: Tensor, state: State, rows: Rows | None, *, final_state: bool) -> tuple[Tensor, State]:
-        hx = (state["h"][None], state["c"][None])
-        device = x_BTD.device.type
-        if torch.is_autocast_enabled(device) and not _autocast_lstm_works(device, torch.get_autocast_dtype(device)):
-            with torch.autocast(device, enabled=False):
-                h_BTH, ends = self.rnn(x_BTD.to(state["h"].dtype), hx)
-        else:
-            h_BTH, ends = self.rnn(x_BTD, hx)
-        if not final_state:
+    def _run(self, x_BTD: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:
+        h_BTH, ends = self.rnn(_castable(x_BTD), (state["h"][None], state["c"][None]))
+        if not reading.final_state:
             return h_BTH, {}
         dtype = state["h"].dtype
-        if rows is None:
+        if reading.rows.is_full:
             return h_BTH, {"h": ends[0][0].to(dtype), "c": ends[1][0].to(dtype)}
-        with torch.autocast(device, enabled=False):
-            c_BH = self._last_c(x_BTD.to(dtype), h_BTH.to(dtype), state, rows)
-        return h_BTH, {"h": rows.last(h_BTH).to(dtype), "c": c_BH}
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            c_BH = self._last_c(x_BTD.to(dtype), h_BTH.to(dtype), state, reading.rows)
+        return h_BTH, {"h": reading.rows.last(h_BTH).to(dtype), "c": c_BH}
 
     def _last_c(self, x_BTD: Tensor, h_BTH: Tensor, state: State, rows: Rows) -> Tensor:
         """The cell state at the last frame of every row, which the kernel gives only for the last slot.
@@ -126,48 +155,78 @@ class _LstmCell(_KernelCell):
         return h_BH, {"h": h_BH, "c": c_BH}
 
 
-@functools.cache
-def _autocast_lstm_works(device: str, dtype: torch.dtype) -> bool:
-    """Whether the LSTM kernel runs in `dtype` here; oneDNN has none for bf16 on CPUs without AVX-512."""
-    if device != "cpu":
-        return True
-    try:
-        # Not nn.LSTM(1, 1), whose initial weights would take numbers from the run's random stream.
-        one = torch.zeros(1, 1, 1)
-        with torch.autocast(device, dtype=dtype):
-            weights = [torch.zeros(4, 1)] * 2 + [torch.zeros(4)] * 2
-            torch.lstm(one, (one, one), weights, True, 1, 0.0, True, False, True)
-    except RuntimeError:
-        return False
-    return True
+def _castable(x: Tensor) -> Tensor:
+    """`x` in a format that the weights' kernel takes: autocast casts it down again where it is on."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class _MinCell(Cell):
-    """One projection of the input and one scan: no weights between time steps."""
+    """One projection of the input and one scan: no weights between time steps, and no padding anywhere."""
 
-    def __init__(self, input_size: int, *, hidden_size: int, bias: bool, form: GateForm) -> None:
+    packed = True
+
+    def __init__(
+        self,
+        input_size: int,
+        *,
+        hidden_size: int,
+        bias: bool,
+        form: GateForm,
+        candidate: str = "g",
+        expansion: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.form = form
-        self.project = nn.Linear(input_size, form.num_gates * hidden_size, bias=bias)
+        if candidate not in Candidate.__members__:
+            raise ConfigError(f"candidate: got {candidate!r}, expected one of {', '.join(Candidate.__members__)}")
+        self.state_size = round(hidden_size * expansion)
+        if self.state_size < 1:
+            raise ConfigError(f"expansion: got {expansion} of {hidden_size} units, expected at least one unit")
+        self.output_size = hidden_size
+        self.options = ScanOptions(form=form, candidate=Candidate[candidate])
+        self.project = nn.Linear(input_size, form.num_gates * self.state_size, bias=bias)
+        self.out = nn.Linear(self.state_size, hidden_size, bias=False) if expansion != 1.0 else None
 
-    def forward(self, x_BTD: Tensor, state: State, rows: Rows | None, *, final_state: bool) -> tuple[Tensor, State]:
-        h_BTH, last_BH = gated_scan(self.project(x_BTD), state["h"], form=self.form, rows=rows)
-        return h_BTH, {"h": last_BH} if final_state else {}
+    def forward(self, x: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:
+        with low_precision_where_fast(x) as dtype:
+            pre_NG = self.project(x.to(dtype))
+        h_NH, last_SH = gated_scan(
+            pre_NG.to(stored_dtype(x)),
+            state["h"],
+            reading.rows,
+            replace(self.options, reverse=reading.reverse),
+            starts_N=reading.starts_N,
+            reset_H=None if reading.reset is None else reading.reset["h"][0],
+            decay_NH=reading.decay,
+        )
+        return self._output(h_NH), {"h": last_SH} if reading.final_state else {}
+
+    def _output(self, h: Tensor) -> Tensor:
+        if self.out is None:
+            return h
+        with low_precision_where_fast(h) as dtype:
+            return self.out(h.to(dtype))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
-        h_BH = gated_step(self.project(x_BD), state["h"], form=self.form)
-        return h_BH, {"h": h_BH}
+        with low_precision_where_fast(x_BD) as dtype:
+            pre_BG = self.project(x_BD.to(dtype))
+        h_BH = gated_step(pre_BG.to(stored_dtype(x_BD)), state["h"], self.options)
+        return self._output(h_BH.to(stored_dtype(x_BD))), {"h": h_BH}
 
 
 class _MinGruCell(_MinCell):
-    def __init__(self, input_size: int, *, hidden_size: int, bias: bool) -> None:
-        super().__init__(input_size, hidden_size=hidden_size, bias=bias, form=GateForm.mingru)
+    def __init__(self, input_size: int, **options: Any) -> None:
+        super().__init__(input_size, form=GateForm.mingru, **options)
 
 
 class _MinLstmCell(_MinCell):
-    def __init__(self, input_size: int, *, hidden_size: int, bias: bool, normalize_gates: bool = True) -> None:
+    def __init__(
+        self, input_size: int, *, normalize_gates: bool = True, forget_bias: float = 0.0, bias: bool, **options: Any
+    ) -> None:
         form = GateForm.minlstm if normalize_gates else GateForm.minlstm_raw
-        super().__init__(input_size, hidden_size=hidden_size, bias=bias, form=form)
+        super().__init__(input_size, form=form, bias=bias, **options)
+        if forget_bias and bias:
+            with torch.no_grad():
+                self.project.bias[: self.state_size] += forget_bias
 
 
 class RNN(RecurrentStack):
@@ -195,7 +254,12 @@ class GRU(RecurrentStack):
 class MinGRU(RecurrentStack):
     """GRU whose gate and candidate see only the input: h' = h + z (g(x) - h).
 
-    Source: Feng et al. 2024, arXiv 2410.01201, section 3.1.
+    Source: Feng et al. 2024, arXiv 2410.01201, section 3.1. The paper's block is `norm=True, residual=True` with, where
+    wanted, `conv_size=4` and `mlp_factor=4`.
+
+    Args:
+        candidate: "g" (x + 0.5 from 0 on, sigmoid(x) below; the published code's), "tanh" or "identity".
+        expansion: width of the state in hidden sizes; other than 1, a projection leads back to the hidden size.
     """
 
     cell_type = _MinGruCell
@@ -209,6 +273,8 @@ class MinLSTM(RecurrentStack):
     Args:
         normalize_gates: divide the forget and input gates by their sum, as the published equations
             do; False keeps them as they are, as the published code does unless told otherwise.
+        forget_bias: added to the initial bias of the forget gate, so that the state begins by remembering.
+        candidate, expansion: as in `MinGRU`.
     """
 
     cell_type = _MinLstmCell

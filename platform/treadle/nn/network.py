@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from treadle.errors import ConfigError
 from treadle.nn.cells import GRU, LSTM, RNN, MinGRU, MinLSTM
+from treadle.nn.gates import state_dtype
 from treadle.nn.rows import Lengths, Rows
-from treadle.nn.scan import state_dtype
 from treadle.nn.stack import RecurrentStack
 from treadle.spec import (
     ClassifySpec,
@@ -70,28 +70,26 @@ class ClassifyHead(nn.Module):
         self.linear = nn.Linear(input_size, num_labels)
 
     def forward(self, h_BTH: Tensor, lengths_B: Lengths | None) -> Tensor:
-        rows = Rows.of(lengths_B, h_BTH)
+        shape = (h_BTH.shape[0], h_BTH.shape[1])
+        rows = (
+            Rows.full(*shape, h_BTH.device)
+            if lengths_B is None
+            else Rows.of_lengths(lengths_B, device=h_BTH.device, padded=shape)
+        )
         if self.pooling is Pooling.mean:
             return self.linear(_mean(h_BTH, rows))
         if self.pooling is Pooling.max:
-            return self.linear(_max(h_BTH, rows))
+            return self.linear(h_BTH.masked_fill(~rows.valid_BT[..., None], -torch.inf).amax(1))
         return self.linear(_last(h_BTH, rows, self.num_directions))
 
 
-def _mean(h_BTH: Tensor, rows: Rows | None) -> Tensor:
-    dtype = state_dtype(h_BTH.dtype)
-    if rows is None:
-        return h_BTH.mean(1, dtype=dtype)
-    return h_BTH.sum(1, dtype=dtype) / rows.lengths_B[:, None]  # a stack's padded slots are zero
+def _mean(h_BTH: Tensor, rows: Rows) -> Tensor:
+    return h_BTH.sum(1, dtype=state_dtype(h_BTH.dtype)) / rows.lengths_S[:, None]  # a stack's padded slots are zero
 
 
-def _max(h_BTH: Tensor, rows: Rows | None) -> Tensor:
-    return (h_BTH if rows is None else h_BTH.masked_fill(~rows.valid_BT[..., None], -torch.inf)).amax(1)
-
-
-def _last(h_BTH: Tensor, rows: Rows | None, num_directions: int) -> Tensor:
+def _last(h_BTH: Tensor, rows: Rows, num_directions: int) -> Tensor:
     """What each direction gave last: ahead at the row's last frame, back at its first."""
-    last_BH = h_BTH[:, -1] if rows is None else rows.last(h_BTH)
+    last_BH = rows.last(h_BTH)
     if num_directions == 1:
         return last_BH
     half = h_BTH.shape[-1] // 2
@@ -122,20 +120,20 @@ class Network(nn.Module):
         self.stack = stack
         self.head = head
 
-    def forward(self, x: Tensor, lengths_B: Lengths | None = None) -> Tensor:
+    def forward(self, x: Tensor, lengths: Lengths | None = None) -> Tensor:
         """Scores before the softmax: logits_BTK over label frames (CTC), logits_BK (classification).
 
         Args:
             x: tokens_BT (whole numbers; symbol 0 is a symbol like the others) or frames_BTD.
-            lengths_B: frames of each row, as a CPU tensor or integers; None where all rows are full.
+            lengths: frames of each row, as a CPU tensor or integers; None where all rows are full.
                 Padded slots may hold anything that is a legal input.
 
         Raises:
             DataError: an empty row; the message names its index.
         """
         x_BTD = x if self.embedding is None else self.dropout(self.embedding(x))
-        h_BTH, _ = self.stack(x_BTD, lengths_B=lengths_B, final_state=False)
-        return self.head(h_BTH, lengths_B)
+        h_BTH, _ = self.stack(x_BTD, lengths=lengths, final_state=False)
+        return self.head(h_BTH, lengths)
 
     def label_lengths(self, lengths_B: Lengths) -> Tensor:
         """How many label frames the head gives for rows of so many time steps; on the CPU."""

@@ -1,96 +1,168 @@
-"""The gated linear recurrence that minGRU and minLSTM share.
+"""The gated linear recurrence that minGRU and minLSTM share: one operator, three back ends.
 
-Shape letters: B rows, T time steps, H hidden, G = H * gates of the form.
+Shape letters: B or S rows, H hidden, G = H * gates of the form, N frames of all rows laid end to end.
 
 The state runs in linear space and in fp32 whatever the precision around it: the share kept of
 it lies in (0, 1), so the recurrence is stable as it stands, and log space would only be needed by
-a cumulative sum. Every backend of `gated_scan` must agree with a float64 loop over the time steps
-(tests/unit/nn/test_scan.py).
+a cumulative sum. Every back end must agree with a float64 loop over the time steps
+(tests/unit/nn/test_scan.py): Triton on CUDA, a C kernel on the CPU, plain torch where neither is.
+
+`treadle::gated_scan` is registered with torch, so that `torch.compile` and `torch.export` keep it whole.
+It saves pre-activations and outputs for the backward pass, nothing else of the size of the frames.
 """
 
 from __future__ import annotations
 
-import enum
+import functools
+import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from treadle.nn import loop, native
+from treadle.nn.gates import ScanOptions, gates, state_dtype
 from treadle.nn.rows import Rows
 
-__all__ = ["GateForm", "gated_scan", "gated_step", "state_dtype"]
+__all__ = ["gated_scan", "gated_step"]
 
 
-class GateForm(enum.Enum):
-    """How pre-activations become the recurrence; the value is how many of them a hidden unit has."""
-
-    mingru = ("mingru", 2)
-    """[k, x]: h' = h + z (g(x) - h), z = sigmoid(k)."""
-    minlstm = ("minlstm", 3)
-    """[p_f, p_i, x]: the same with z = i / (f + i), f = sigmoid(p_f), i = sigmoid(p_i)."""
-    minlstm_raw = ("minlstm_raw", 3)
-    """[p_f, p_i, x]: h' = f h + i g(x)."""
-
-    @property
-    def num_gates(self) -> int:
-        return self.value[1]
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The number format of a recurrent state beside values of `dtype`: float64 beside float64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def gated_scan(pre_BTG: Tensor, h0_BH: Tensor, *, form: GateForm, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
-    """The state after every time step, and after the last frame of every row.
+def gated_scan(
+    pre_NG: Tensor,
+    h0_SH: Tensor,
+    rows: Rows,
+    options: ScanOptions,
+    *,
+    starts_N: Tensor | None = None,
+    reset_H: Tensor | None = None,
+    decay_NH: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The state after every frame, and after the last frame that is read of every row.
 
     Source: Feng et al. 2024, arXiv 2410.01201, sections 3.1 and 3.2, in their sequential form.
 
     Args:
-        pre_BTG: pre-activations, the gates side by side as `form` lists them.
-        h0_BH: state before the first time step.
-        form: how gates become the recurrence.
-        rows: which slots are frames; None where all are. The state at a padded slot is finite and
-            means nothing.
+        pre_NG: pre-activations, the gates side by side as the form lists them.
+        h0_SH: state before each row's first frame.
+        rows: where rows begin.
+        options: how gates become the recurrence, and in which direction rows are read.
+        starts_N: True where the state restarts before the frame is read.
+        reset_H: what it restarts from; zeros when not given.
+        decay_NH: in [0, 1], what is left of the state when the frame is read; not applied where it restarts.
 
     Returns:
-        h_BTH and h_last_BH in the state's number format.
+        h_NH in the format of `pre_NG`, and the last state [S, H] in the state's format.
 
-    Cost: T small elementwise operations forward, two to three times that backward.
+    Cost: one pass over `pre_NG` and h forward, two backward; 3 numbers saved per frame and channel by minGRU, 4 by
+    minLSTM.
     """
-    with torch.autocast(pre_BTG.device.type, enabled=False):
-        share_BTH, value_BTH = _gates(pre_BTG, form)
-        h_BH = h0_BH.to(share_BTH.dtype)
-        steps: list[Tensor] = []
-        # unbind, not x[:, t]: the backward of an index fills a zero tensor of the size of x at every t.
-        for share_BH, value_BH in zip(share_BTH.unbind(1), value_BTH.unbind(1), strict=True):
-            h_BH = _advance(h_BH, share_BH, value_BH, form)
-            steps.append(h_BH)
-        h_BTH = torch.stack(steps, dim=1)
-        return h_BTH, h_BH if rows is None else rows.last(h_BTH)
+    dtype = state_dtype(pre_NG.dtype)
+    with torch.autocast(pre_NG.device.type, enabled=False):
+        return torch.ops.treadle.gated_scan(
+            pre_NG.contiguous(),
+            h0_SH.to(dtype).contiguous(),
+            rows.offsets,
+            None if starts_N is None else starts_N.contiguous(),
+            None if reset_H is None else reset_H.to(dtype).contiguous(),
+            None if decay_NH is None else decay_NH.to(pre_NG.dtype).contiguous(),
+            options.form.value,
+            options.candidate.value,
+            options.reverse,
+            rows.known_num_steps,
+        )
 
 
-def gated_step(pre_BG: Tensor, h_BH: Tensor, *, form: GateForm) -> Tensor:
+def gated_step(pre_BG: Tensor, h_BH: Tensor, options: ScanOptions, *, decay_BH: Tensor | None = None) -> Tensor:
     """The state one time step after `h_BH`: `gated_scan` of a single frame."""
     with torch.autocast(pre_BG.device.type, enabled=False):
-        share_BH, value_BH = _gates(pre_BG, form)
-        return _advance(h_BH.to(share_BH.dtype), share_BH, value_BH, form)
+        a_BH, b_BH = gates(pre_BG, options)
+        h_BH = h_BH.to(a_BH.dtype)
+        return torch.addcmul(b_BH, a_BH, h_BH if decay_BH is None else h_BH * decay_BH.to(h_BH.dtype))
 
 
-def _gates(pre: Tensor, form: GateForm) -> tuple[Tensor, Tensor]:
-    """(z, g), or (f, i g) of the form whose gates do not sum to 1."""
-    parts = pre.to(state_dtype(pre.dtype)).chunk(form.num_gates, dim=-1)
-    x = parts[-1]
-    g = torch.where(x >= 0, x + 0.5, torch.sigmoid(x))  # the published candidate, positive everywhere
-    if form is GateForm.mingru:
-        return torch.sigmoid(parts[0]), g
-    if form is GateForm.minlstm:
-        # i / (f + i) itself is 0 / 0 where both gates are shut; the difference of their logarithms is not.
-        return torch.sigmoid(functional.logsigmoid(parts[1]) - functional.logsigmoid(parts[0])), g
-    return torch.sigmoid(parts[0]), torch.sigmoid(parts[1]) * g
+_ARGUMENTS = "Tensor pre, Tensor h0, Tensor offsets, Tensor? starts, Tensor? reset, Tensor? decay"
+_OPTIONS = "int form, int candidate, bool reverse, int max_length"
+_library = torch.library.Library("treadle", "DEF")
+_library.define(f"gated_scan({_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(
+    f"gated_scan_backward(Tensor grad_h, Tensor grad_last, Tensor h, {_ARGUMENTS}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
-def _advance(h_BH: Tensor, share_BH: Tensor, value_BH: Tensor, form: GateForm) -> Tensor:
-    if form is GateForm.minlstm_raw:
-        return torch.addcmul(value_BH, share_BH, h_BH)
-    return torch.lerp(h_BH, value_BH, share_BH)
+@functools.cache
+def _cpu_kernel(dtype: torch.dtype) -> bool:
+    return native.supports(dtype) and native.load() is not None
+
+
+@functools.cache
+def _triton() -> Any:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from treadle.nn import triton_scan
+
+    return triton_scan
+
+
+def _backend(pre_NG: Tensor) -> Any:
+    """What runs a scan of `pre_NG`: a module with `forward` and `backward`."""
+    if pre_NG.device.type == "cpu" and _cpu_kernel(pre_NG.dtype):
+        return native
+    if pre_NG.device.type == "cuda" and (triton_scan := _triton()) is not None:
+        return triton_scan
+    return loop
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    return _backend(args[0]).forward(*args)
+
+
+def _backward(grad_h: Tensor, grad_last: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    pre, *tensors = args[:6]
+    grads = _backend(pre).backward(grad_h.contiguous(), grad_last.contiguous(), pre, h, *tensors, *args[6:])
+    return tuple(pre.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _fake_forward(pre: Tensor, h0: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return pre.new_empty(pre.shape[0], h0.shape[1]), torch.empty_like(h0)
+
+
+def _fake_backward(_grad_h: Tensor, _grad_last: Tensor, _h: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    pre, h0, _offsets, _starts, reset, decay = args[:6]
+    nothing = pre.new_empty(0)
+    optional = (nothing if like is None else torch.empty_like(like) for like in (reset, decay))
+    return torch.empty_like(pre), torch.empty_like(h0), *optional
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(output[0], *inputs[:6])
+
+
+def _gradients(ctx: Any, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+    h, pre, h0, offsets, starts, reset, decay = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # The gradient will itself be differentiated: take it from the definition, in ordinary operations.
+        outputs = loop.reference_scan(pre, h0, offsets, starts, reset, decay, ScanOptions.of(*ctx.options))
+        wanted = [x for x in (pre, h0, reset, decay) if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, (grad_h, grad_last), create_graph=True, allow_unused=True))
+        dpre, dh0, dreset, ddecay = (
+            next(found) if x is not None and x.requires_grad else None for x in (pre, h0, reset, decay)
+        )
+    else:
+        dpre, dh0, dreset, ddecay = torch.ops.treadle.gated_scan_backward(
+            grad_h, grad_last, h, pre, h0, offsets, starts, reset, decay, *ctx.options
+        )
+        dreset = None if reset is None else dreset
+        ddecay = None if decay is None else ddecay
+    return dpre, dh0, None, None, dreset, ddecay, None, None, None, None
+
+
+for _name, _real, _fake in (
+    ("gated_scan", _forward, _fake_forward),
+    ("gated_scan_backward", _backward, _fake_backward),
+):
+    _library.impl(_name, _real, "CPU")
+    _library.impl(_name, _real, "CUDA")
+    torch.library.register_fake(f"treadle::{_name}", _fake, lib=_library)
+torch.library.register_autograd("treadle::gated_scan", _gradients, setup_context=_save, lib=_library)

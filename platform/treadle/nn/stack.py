@@ -1,6 +1,7 @@
 """Layers on top of one another, in one or two directions, over rows of unlike length.
 
-Shape letters: B rows, T time steps, D features, H hidden, L layers * directions.
+Shape letters: B or S rows, T time steps, D features, H hidden, L layers * directions, N frames of all rows laid
+end to end.
 
 A cell knows one layer in one direction; everything else is here, once for all cells.
 """
@@ -8,82 +9,46 @@ A cell knows one layer in one direction; everything else is here, once for all c
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from treadle.errors import ConfigError
-from treadle.nn.rows import Lengths, Rows
-from treadle.nn.scan import state_dtype
+from treadle.nn.cell import Cell, State
+from treadle.nn.frames import Frames, groups_of_like_length, read_frames, split_at_starts
+from treadle.nn.gates import state_dtype
+from treadle.nn.layer import Layer, LayerOptions, LayerState
+from treadle.nn.rows import Lengths, Offsets, pick
 
-__all__ = ["Cell", "RecurrentStack", "State"]
-
-State = dict[str, Tensor]
-"""What a stack carries from one time step to the next: fp32 tensors [L, B, H], "h" and, for the LSTM, "c"."""
-
-
-class Cell(nn.Module, ABC):
-    """One recurrent layer in one direction. States are [B, H] here.
-
-    Padded slots hold finite values on entry; what a cell writes there is not looked at.
-    """
-
-    state_names: tuple[str, ...] = ("h",)
-
-    @abstractmethod
-    def forward(self, x_BTD: Tensor, state: State, rows: Rows | None, *, final_state: bool) -> tuple[Tensor, State]:
-        """h_BTH and the state at the last frame of every row ({} unless `final_state`)."""
-
-    @abstractmethod
-    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
-        """h_BH and the state one time step later."""
-
-
-class _Layer(nn.Module):
-    """Norm, then a cell ahead and, where asked, one back."""
-
-    def __init__(self, make_cell: Callable[[int], Cell], input_size: int, *, bidirectional: bool, norm: bool) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(input_size, eps=1e-6) if norm else None
-        self.ahead = make_cell(input_size)
-        self.back = make_cell(input_size) if bidirectional else None
-
-    def normed(self, x: Tensor) -> Tensor:
-        # Explicitly in the weights' format: beside bf16 inputs torch warns and leaves its fused kernel.
-        return x if self.norm is None else self.norm(x.to(self.norm.weight.dtype))
-
-    def forward(
-        self, x_BTD: Tensor, states: list[State], rows: Rows | None, *, final_state: bool
-    ) -> tuple[Tensor, list[State]]:
-        x_BTD = self.normed(x_BTD)
-        h_BTH, ahead = self.ahead(x_BTD, states[0], rows, final_state=final_state)
-        if self.back is None:
-            return h_BTH, [ahead]
-        x_BTD = x_BTD.flip(1) if rows is None else rows.flipped(x_BTD)
-        back_BTH, back = self.back(x_BTD, states[1], rows, final_state=final_state)
-        back_BTH = back_BTH.flip(1) if rows is None else rows.flipped(back_BTH)
-        return torch.cat((h_BTH, back_BTH), dim=-1), [ahead, back]
+__all__ = ["RecurrentStack"]
 
 
 class RecurrentStack(nn.Module):
     """Recurrent layers with the constructor and the call of `torch.nn.GRU`; a subclass says which cell.
 
-    Between layers, in this order: y = cell(norm(x)); dropout of y except in the last layer; y + x
-    where the widths agree.
+    A layer is, in this order: x + conv(x), where asked; y = cell(norm(x)); dropout of y except in the last layer;
+    y + x where the widths agree; y + mlp(norm(y)), where asked.
+
+    Two things differ from torch: `batch_first` is True by default, and the state is a dictionary of tensors
+    ("h" is torch's h_n, "c" its c_n), fp32 whatever the precision around it. torch's own forms are taken as well.
 
     Args:
         input_size: features per frame.
         hidden_size: hidden units per layer and direction.
         num_layers: layers in the stack.
         bias: add biases to the pre-activations.
-        batch_first: inputs and outputs are [B, T, ...] (the default here), else [T, B, ...].
+        batch_first: padded inputs and outputs are [B, T, ...], else [T, B, ...].
         dropout: share of values zeroed between layers, while training.
         bidirectional: also read each row from its own last frame to its first.
         residual: add a layer's input to its output where the widths agree.
         norm: normalise (RMS) the input of each layer.
+        learned_state: learn the state before the first frame; zeros otherwise.
+        time_decay: let the state fade with the time between frames (`gaps`), at a learned rate a unit.
+        conv_size: taps of a causal depthwise convolution before each cell; 0 leaves it out.
+        mlp_factor: width of a feed-forward layer after each cell, in widths of the layer; 0 leaves it out.
         options: further arguments of the cell.
     """
 
@@ -101,6 +66,10 @@ class RecurrentStack(nn.Module):
         *,
         residual: bool = False,
         norm: bool = False,
+        learned_state: bool = False,
+        time_decay: bool = False,
+        conv_size: int = 0,
+        mlp_factor: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -109,113 +78,242 @@ class RecurrentStack(nn.Module):
         self.num_layers = num_layers
         self.batch_first = batch_first
         self.bidirectional = bidirectional
-        self.residual = residual
         self.num_directions = 2 if bidirectional else 1
         self.output_size = hidden_size * self.num_directions
-        self.dropout = nn.Dropout(dropout)
         make_cell = functools.partial(self.cell_type, hidden_size=hidden_size, bias=bias, **options)
+        layer_options = LayerOptions(
+            bidirectional=bidirectional,
+            norm=norm,
+            residual=residual,
+            time_decay=time_decay,
+            conv_size=conv_size,
+            mlp_factor=mlp_factor,
+        )
         sizes = [input_size] + [self.output_size] * (num_layers - 1)
-        self.layers = nn.ModuleList(_Layer(make_cell, size, bidirectional=bidirectional, norm=norm) for size in sizes)
-        self.state_names = self._layer(0).ahead.state_names
+        self.layers = nn.ModuleList(
+            Layer(make_cell, size, layer_options, dropout=0.0 if index == num_layers - 1 else dropout)
+            for index, size in enumerate(sizes)
+        )
+        cell = self._layer(0).ahead
+        self.state_names = cell.state_names
+        self._state_size = cell.state_size
+        self._packed = cell.packed
+        self.time_decay = time_decay
+        self.initial = nn.ParameterDict()
+        if learned_state:
+            shape = (num_layers * self.num_directions, cell.state_size)
+            self.initial.update({name: nn.Parameter(torch.zeros(shape)) for name in cell.state_names})
 
-    def _layer(self, index: int) -> _Layer:
+    def _layer(self, index: int) -> Layer:
         layer = self.layers[index]
-        assert isinstance(layer, _Layer)
+        assert isinstance(layer, Layer)
         return layer
 
-    def zero_state(self, num_rows: int) -> State:
-        """The state before the first frame."""
+    def initial_state(self, num_rows: int) -> State:
+        """The state before the first frame: learned, or zeros."""
         weight = next(self.parameters())
-        shape = (self.num_layers * self.num_directions, num_rows, self.hidden_size)
-        return {name: weight.new_zeros(shape, dtype=state_dtype(weight.dtype)) for name in self.state_names}
+        dtype = state_dtype(weight.dtype)
+        shape = (self.num_layers * self.num_directions, num_rows, self._state_size)
+        state = {
+            name: self.initial[name].to(dtype)[:, None].expand(shape)
+            if name in self.initial
+            else weight.new_zeros(shape, dtype=dtype)
+            for name in self.state_names
+        }
+        for index in range(self.num_layers):
+            if (conv := self._layer(index).conv) is not None:
+                state[f"conv{index}"] = weight.new_zeros((conv.taps - 1, num_rows, conv.weight.shape[1]), dtype=dtype)
+        return state
 
     def forward(
         self,
-        x_BTD: Tensor,
-        state: State | None = None,
+        x: Tensor | PackedSequence,
+        state: State | Tensor | Sequence[Tensor] | None = None,
         *,
-        lengths_B: Lengths | None = None,
+        lengths: Lengths | None = None,
+        offsets: Offsets | None = None,
+        starts: Tensor | None = None,
+        gaps: Tensor | None = None,
         final_state: bool = True,
-    ) -> tuple[Tensor, State]:
-        """Outputs of the last layer, zero at padded slots, and the state at the last frame of every row.
+    ) -> tuple[Any, State]:
+        """Outputs of the last layer in the form of `x`, and the state at the last frame of every row.
 
-        The output has the format of `x_BTD`, under autocast that of autocast, for every cell. The
+        The output has the format of `x`, under autocast that of autocast, for every cell. The
         state is fp32, so that a sequence run in pieces gives what the whole gives.
 
         Args:
-            x_BTD: frames; what stands at padded slots is never read.
-            state: where an earlier piece of the same rows ended; zeros when not given.
-            lengths_B: frames of each row, as a CPU tensor or integers; None where all rows are full.
+            x: padded frames [B, T, D], where what stands at padded slots is never read and zeros come out; or packed
+                frames [N, D] beside `offsets`; or a PackedSequence.
+            state: where an earlier piece of the same rows ended; the initial state when not given.
+            lengths: frames of each padded row, as a CPU tensor or integers; None where all rows are full.
+            offsets: where each packed row begins, and the number of frames; best on the CPU, where it is checked.
+            starts: True at frames before which the state restarts, [B, T] or [N]; a frame of a new document.
+            gaps: time since the frame before, [B, T] or [N], not negative; needed by `time_decay`.
             final_state: False spares the final state ({} comes back), which costs the LSTM a second
                 projection where rows are of unlike length.
 
         Raises:
-            ConfigError: a state for a bidirectional stack, or shapes that do not fit.
-            DataError: an empty row; the message names its index.
+            ConfigError: a state for a bidirectional stack, or arguments that do not fit; the message names which.
+            DataError: an empty row (the message names its index), or NaN under `debug_checks`.
         """
-        if not self.batch_first:
-            x_BTD = x_BTD.transpose(0, 1)
-        if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.input_size:
-            raise ConfigError(f"x_BTD: got shape {tuple(x_BTD.shape)}, expected (rows, time steps, {self.input_size})")
-        rows = Rows.of(lengths_B, x_BTD)
-        parts = self._split(state, x_BTD.shape[0])
-        out_dtype = _output_dtype(x_BTD)
-        if rows is not None:
-            x_BTD = rows.zeroed(x_BTD)
-        finals: list[State] = []
-        for index in range(self.num_layers):
-            states = parts[index * self.num_directions : (index + 1) * self.num_directions]
-            y_BTH, ends = self._layer(index)(x_BTD, states, rows, final_state=final_state)
-            y_BTH = y_BTH.to(out_dtype)  # narrow between layers; only states stay fp32
-            if rows is not None:
-                y_BTH = rows.zeroed(y_BTH)
-            x_BTD = self._combined(x_BTD, y_BTH, index)
-            finals += ends
-        output = x_BTD.to(out_dtype)
-        return output if self.batch_first else output.transpose(0, 1), self._stacked(finals)
+        frames = read_frames(
+            x,
+            input_size=self.input_size,
+            batch_first=self.batch_first,
+            lengths=lengths,
+            offsets=offsets,
+            starts=starts,
+            gaps=gaps,
+        )
+        if (gaps is None) == self.time_decay:
+            expected = "time since the frame before, for time_decay" if self.time_decay else "none without time_decay"
+            raise ConfigError(f"gaps: got {'none' if gaps is None else 'a tensor'}, expected {expected}")
+        before = self._checked(state, frames.rows.num_rows, frames.values.device)
+        out_dtype = _output_dtype(frames.values)
+        if self._packed:
+            frames = frames.packed()
+            y, after = self._run(frames, before, final_state=final_state)
+        elif frames.padded and starts is None and len(groups_of_like_length(frames.rows)) == 1:
+            y, after = self._run(frames, before, final_state=final_state)
+            y = frames.rows.zeroed(y)
+        else:
+            frames = frames.packed()
+            y, after = self._run_groups(frames, before, final_state=final_state)
+        return frames.restore(y.to(out_dtype)), after
 
-    def step(self, x_BD: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def step(
+        self,
+        x_BD: Tensor,
+        state: State | Tensor | Sequence[Tensor] | None = None,
+        *,
+        starts: Tensor | None = None,
+        gaps: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
         """The output of one time step and the state after it.
 
+        Args:
+            x_BD: the frame of each row.
+            state: the state before it.
+            starts: True [B] at rows whose state restarts before the frame.
+            gaps: [B], time since the frame before, for `time_decay`.
+
         Raises:
-            ConfigError: the stack is bidirectional.
+            ConfigError: the stack is bidirectional, or arguments that do not fit.
         """
         if self.bidirectional:
             raise ConfigError("step: got a bidirectional stack, expected one that reads in one direction")
+        if x_BD.ndim != 2 or x_BD.shape[-1] != self.input_size:
+            raise ConfigError(f"x: got shape {tuple(x_BD.shape)}, expected (rows, {self.input_size})")
+        if (gaps is None) == self.time_decay:
+            raise ConfigError("gaps: expected with time_decay, and only then")
+        before = self._checked(state, x_BD.shape[0], x_BD.device)
+        if starts is not None:
+            before = _where(starts, self.initial_state(x_BD.shape[0]), before)
         out_dtype = _output_dtype(x_BD)
-        finals: list[State] = []
-        for index, before in enumerate(self._split(state, x_BD.shape[0])):
-            layer = self._layer(index)
-            y_BH, after = layer.ahead.step(layer.normed(x_BD), before)
-            x_BD = self._combined(x_BD, y_BH.to(out_dtype), index)
-            finals.append(after)
-        return x_BD.to(out_dtype), self._stacked(finals)
+        ends: list[LayerState] = []
+        for index, states in enumerate(self._split(before)):
+            x_BD, end = self._layer(index).step(x_BD, states, gaps, starts)
+            x_BD = x_BD.to(out_dtype)
+            ends.append(end)
+        return x_BD, self._joined(ends)
 
-    def _combined(self, x: Tensor, y: Tensor, index: int) -> Tensor:
-        if index < self.num_layers - 1:
-            y = self.dropout(y)
-        return x + y if self.residual and x.shape[-1] == y.shape[-1] else y
+    def _run(self, frames: Frames, before: State, *, final_state: bool) -> tuple[Tensor, State]:
+        """All layers over frames in the layout that the cells want."""
+        values, out_dtype = frames.values, _output_dtype(frames.values)
+        resets = None if frames.padded else self._split(self.initial_state(1))
+        ends: list[LayerState] = []
+        for index, state in enumerate(self._split(before)):
+            reset = None if resets is None else resets[index]
+            values, end = self._layer(index)(values, state, frames, reset, final_state=final_state)
+            values = values.to(out_dtype)  # narrow between layers; only states stay fp32
+            ends.append(end)
+        return values, self._joined(ends) if final_state else {}
 
-    def _split(self, state: State | None, num_rows: int) -> list[State]:
-        """One state per layer and direction."""
-        zeros = self.zero_state(num_rows)
+    def _run_groups(self, frames: Frames, before: State, *, final_state: bool) -> tuple[Tensor, State]:
+        """The same from packed frames for cells that want them padded: rows of like length together.
+
+        A row is cut where its state restarts, and each piece is then a row of its own.
+        """
+        rows, starts_N, last_B = frames.rows, frames.starts_N, None
+        if starts_N is not None:
+            pieces = split_at_starts(rows, starts_N)
+            fresh = self.initial_state(pieces.rows.num_rows)
+            carried = {name: part.index_select(1, pieces.parent_S) for name, part in before.items()}
+            before = _where(pieces.carries_S, carried, fresh)
+            rows, last_B = pieces.rows, pieces.last_B
+        outputs, ends, order, frame_order = [], [], [], []
+        for on_host_G in groups_of_like_length(rows):
+            part, frame_N = rows.select(on_host_G)
+            group_G = on_host_G.to(rows.device)
+            inner = Frames(
+                values=part.pad(pick(frames.values, frame_N)),
+                rows=part,
+                padded=True,
+                starts_N=None if starts_N is None else starts_N.index_select(0, frame_N),
+                gaps_N=None if frames.gaps_N is None else frames.gaps_N.index_select(0, frame_N),
+                restore=part.pack,
+            )
+            state = {name: whole.index_select(1, group_G) for name, whole in before.items()}
+            y, end = self._run(inner, state, final_state=final_state)
+            outputs.append(part.pack(y))
+            ends.append(end)
+            order.append(group_G)
+            frame_order.append(frame_N)
+        y_ND = pick(torch.cat(outputs), torch.cat(frame_order).argsort())
+        place_S = torch.cat(order).argsort()
+        place_B = place_S if last_B is None else place_S.index_select(0, last_B)
+        after = {name: torch.cat([end[name] for end in ends], dim=1).index_select(1, place_B) for name in ends[0]}
+        return y_ND, after
+
+    def _checked(self, state: State | Tensor | Sequence[Tensor] | None, num_rows: int, device: torch.device) -> State:
+        """The state as a dictionary of the right names, shapes, format and device; the initial one for None."""
+        expected = self.initial_state(num_rows)
         if state is None:
-            state = zeros
-        elif self.bidirectional:
+            return expected
+        if self.bidirectional:
             raise ConfigError("state: got one for a bidirectional stack, expected none: its end is not a beginning")
-        shapes = {name: tuple(part.shape) for name, part in state.items()}
-        if shapes != (expected := {name: tuple(part.shape) for name, part in zeros.items()}):
-            raise ConfigError(f"state: got {shapes}, expected {expected}")
-        unbound = {name: part.to(zeros[name].dtype).unbind(0) for name, part in state.items()}
-        num_parts = self.num_layers * self.num_directions
-        return [{name: parts[index] for name, parts in unbound.items()} for index in range(num_parts)]
+        if isinstance(state, Tensor):
+            state = {"h": state}
+        elif not isinstance(state, dict):
+            state = dict(zip("hc", state, strict=False))
+        if state.keys() != expected.keys():
+            raise ConfigError(f"state: got {sorted(state)}, expected {sorted(expected)}")
+        for name, wanted in expected.items():
+            got = state[name]
+            if (got.shape, got.dtype, got.device) != (wanted.shape, wanted.dtype, device):
+                raise ConfigError(
+                    f"state[{name!r}]: got {tuple(got.shape)} {got.dtype} on {got.device}, "
+                    f"expected {tuple(wanted.shape)} {wanted.dtype} on {device}",
+                    hint="a state keeps its own format, whatever that of the frames",
+                )
+        return state
 
-    @staticmethod
-    def _stacked(finals: list[State]) -> State:
-        return {name: torch.stack([final[name] for final in finals]) for name in finals[0]}
+    def _split(self, state: State) -> list[LayerState]:
+        """The state of each layer."""
+        parts = {name: state[name].unbind(0) for name in self.state_names}
+        cells = [{name: part[i] for name, part in parts.items()} for i in range(self.num_layers * self.num_directions)]
+        return [
+            LayerState(
+                cells=cells[index * self.num_directions : (index + 1) * self.num_directions],
+                window=state.get(f"conv{index}"),
+            )
+            for index in range(self.num_layers)
+        ]
+
+    def _joined(self, ends: list[LayerState]) -> State:
+        """The inverse of `_split`."""
+        cells = [cell for end in ends for cell in end.cells]
+        state = {name: torch.stack([cell[name] for cell in cells]) for name in self.state_names}
+        windows = {f"conv{index}": end.window for index, end in enumerate(ends) if end.window is not None}
+        return state | {name: window.to(state["h"].dtype) for name, window in windows.items()}
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}, residual={self.residual}"
+        return f"{self.input_size}, {self.hidden_size}"
+
+
+def _where(rows_B: Tensor, chosen: State, other: State) -> State:
+    """`chosen` at the rows where `rows_B` is True, else `other`."""
+    return {name: torch.where(rows_B[None, :, None], part, other[name]) for name, part in chosen.items()}
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:

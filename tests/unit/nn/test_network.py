@@ -91,7 +91,7 @@ def test_pooling_is_over_frames(bidirectional: bool) -> None:
         network.load_state_dict(networks[Pooling.last].state_dict())
     x_BTD = make_input(FRAMES)
     stack, linear = networks[Pooling.last].stack, networks[Pooling.last].head.linear
-    h_BTH, _ = stack(x_BTD, lengths_B=LENGTHS)
+    h_BTH, _ = stack(x_BTD, lengths=LENGTHS)
     for row, length in enumerate(LENGTHS):
         frames = h_BTH[row, :length]
         last = frames[-1] if not bidirectional else torch.cat((frames[-1, :6], frames[0, 6:]))
@@ -177,5 +177,5 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="task: got OtherTask"):
         build_network(GruSpec(), OtherTask(), TOKENS)
     network = build_network(GruSpec(**SIZES), CtcSpec(), TOKENS)
-    with pytest.raises(DataError, match=r"lengths_B\[1\]: got 0"):
+    with pytest.raises(DataError, match=r"lengths\[1\]: got 0"):
         network(make_input(TOKENS), [7, 0, 5])
