@@ -43,6 +43,7 @@ def doctor(store_uri: str | None, address: str | None, as_json: bool) -> int:
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python,
         _packages,
+        _scan,
         _machine,
         lambda: _store(store_uri or default_store()),
         _wandb,
@@ -78,6 +79,19 @@ def _packages() -> Iterator[Finding]:
             yield Finding(what=f"GPU {index}", status="ok", seen=torch.cuda.get_device_name(index))
     else:
         yield Finding(what="GPU", status="note", seen="none; jobs train on the CPU")
+
+
+def _scan() -> Iterator[Finding]:
+    from treadle.nn import scan_backends
+
+    remedies = {"cpu": "install a C compiler (cc)", "cuda": "install triton"}
+    for backend in scan_backends():
+        what = f"min-cell kernel {backend.device}"
+        if backend.fused:
+            yield Finding(what=what, status="ok", seen=backend.detail)
+        else:
+            seen = f"none, a loop of torch operations instead: {backend.detail}"
+            yield Finding(what=what, status="note", seen=seen, remedy=remedies[backend.device])
 
 
 def _machine() -> Iterator[Finding]:

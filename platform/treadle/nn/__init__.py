@@ -8,6 +8,7 @@ from treadle.nn.cells import GRU, LSTM, RNN, MinGRU, MinLSTM
 from treadle.nn.losses import classify_loss_sum, ctc_greedy, ctc_loss_sum
 from treadle.nn.network import Network, build_network, count_parameters
 from treadle.nn.rows import debug_checks
+from treadle.nn.scan import ScanBackend, scan_backends
 
 __all__ = [
     "GRU",
@@ -16,10 +17,12 @@ __all__ = [
     "MinGRU",
     "MinLSTM",
     "Network",
+    "ScanBackend",
     "build_network",
     "classify_loss_sum",
     "count_parameters",
-    "debug_checks",
     "ctc_greedy",
     "ctc_loss_sum",
+    "debug_checks",
+    "scan_backends",
 ]

@@ -57,6 +57,8 @@ class Cell(nn.Module, ABC):
     """Width of each state tensor."""
     output_size: int
     """Width of the output."""
+    step_overhead: int = 8
+    """What a time step costs on the CPU whatever the number of rows, in rows; padded cells only."""
 
     @abstractmethod
     def forward(self, x: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:

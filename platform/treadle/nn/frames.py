@@ -24,7 +24,7 @@ class Frames:
     """A batch as a stack works on it.
 
     Args:
-        values: [N, D] packed, or [B, T, D] where `padded`.
+        values: [N, D] packed, or [B, T, D] where `padded`, with anything at padded slots.
         rows: which frames belong to which row.
         padded: the layout of `values`.
         starts_N: True at frames that restart the state.
@@ -82,7 +82,7 @@ def read_frames(
     input_size: int,
     batch_first: bool,
     lengths: Lengths | None,
-    offsets: Offsets | None,
+    offsets: Offsets | Rows | None,
     starts: Tensor | None,
     gaps: Tensor | None,
 ) -> Frames:
@@ -120,8 +120,7 @@ def _read_padded(
     device = x_BTD.device
     rows = Rows.full(*shape, device) if lengths is None else Rows.of_lengths(lengths, device=device, padded=shape)
     _check_marks(starts, gaps, shape, device)
-    x_BTD = rows.zeroed(x_BTD)
-    refuse_nan("x", x_BTD)
+    refuse_nan("x", x_BTD, rows)
     return Frames(
         values=x_BTD,
         rows=rows,
@@ -132,7 +131,9 @@ def _read_padded(
     )
 
 
-def _read_packed(x_ND: Tensor, input_size: int, offsets: Offsets, starts: Tensor | None, gaps: Tensor | None) -> Frames:
+def _read_packed(
+    x_ND: Tensor, input_size: int, offsets: Offsets | Rows, starts: Tensor | None, gaps: Tensor | None
+) -> Frames:
     if x_ND.ndim != 2 or x_ND.shape[-1] != input_size:
         raise ConfigError(f"x: got shape {tuple(x_ND.shape)}, expected (frames, {input_size}) beside offsets")
     rows = Rows.of_offsets(offsets, x_ND.shape[0], device=x_ND.device)
@@ -212,15 +213,16 @@ def split_at_starts(rows: Rows, starts_N: Tensor) -> Segments:
     )
 
 
-def groups_of_like_length(rows: Rows) -> list[Tensor]:
+def groups_of_like_length(rows: Rows, step_overhead: int) -> list[Tensor]:
     """Rows that had better be padded together: indices, on the host.
 
-    Kernels that run time step by time step pay for a step of a padded batch about as much as for so many
-    rows, whatever its rows; that decides how much padding is worth a batch less.
+    Args:
+        rows: rows of any lengths.
+        step_overhead: what a time step costs whatever the number of rows, in rows. It decides how much padding is
+            worth a group less.
     """
     if rows.is_full:
         return [torch.arange(rows.num_rows)]
-    overhead_rows = 256 if rows.device.type == "cuda" else 8
     lengths = rows.lengths
     longest_first = sorted(range(rows.num_rows), key=lengths.__getitem__, reverse=True)
     groups: list[list[int]] = []
@@ -232,7 +234,7 @@ def groups_of_like_length(rows: Rows) -> list[Tensor]:
     merged = groups[:1]
     for group in groups[1:]:
         longest = lengths[merged[-1][0]]
-        if (longest - lengths[group[0]]) * len(group) <= lengths[group[0]] * overhead_rows:
+        if (longest - lengths[group[0]]) * len(group) <= lengths[group[0]] * step_overhead:
             merged[-1] += group
         else:
             merged.append(group)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from treadle.errors import ConfigError
 from treadle.nn.cells import GRU, LSTM, RNN, MinGRU, MinLSTM
-from treadle.nn.gates import state_dtype
+from treadle.nn.heads import ClassifyHead, CtcHead
 from treadle.nn.rows import Lengths, Rows
 from treadle.nn.stack import RecurrentStack
 from treadle.spec import (
@@ -25,7 +25,6 @@ from treadle.spec import (
     MinGruSpec,
     MinLstmSpec,
     ModelSpec,
-    Pooling,
     RnnSpec,
     Signature,
     TaskSpec,
@@ -38,62 +37,17 @@ _STACKS: dict[type[ModelSpec], tuple[type[RecurrentStack], Callable[[Any], dict[
     RnnSpec: (RNN, lambda spec: {"nonlinearity": spec.nonlinearity.value}),
     LstmSpec: (LSTM, lambda _: {}),
     GruSpec: (GRU, lambda _: {}),
-    MinGruSpec: (MinGRU, lambda _: {}),
-    MinLstmSpec: (MinLSTM, lambda spec: {"normalize_gates": spec.normalize_gates}),
+    MinGruSpec: (MinGRU, lambda spec: {"candidate": spec.candidate.value, "expansion": spec.expansion}),
+    MinLstmSpec: (
+        MinLSTM,
+        lambda spec: {
+            "candidate": spec.candidate.value,
+            "expansion": spec.expansion,
+            "normalize_gates": spec.normalize_gates,
+            "forget_bias": spec.forget_bias,
+        },
+    ),
 }
-
-
-class CtcHead(nn.Module):
-    """Scores of blank (0) and labels (1 to `num_labels`), `frames_per_step` label frames a time step."""
-
-    def __init__(self, input_size: int, num_labels: int, frames_per_step: int) -> None:
-        super().__init__()
-        self.frames_per_step = frames_per_step
-        self.num_classes = num_labels + 1
-        self.linear = nn.Linear(input_size, frames_per_step * self.num_classes)
-
-    def forward(self, h_BTH: Tensor, lengths_B: Lengths | None) -> Tensor:
-        del lengths_B  # scores at padded slots are left to the loss, which looks at label lengths
-        num_rows, num_steps, _ = h_BTH.shape
-        return self.linear(h_BTH).view(num_rows, num_steps * self.frames_per_step, self.num_classes)
-
-
-class ClassifyHead(nn.Module):
-    """Scores of the classes from one vector a row, pooled over its frames."""
-
-    frames_per_step = 1
-
-    def __init__(self, input_size: int, num_labels: int, pooling: Pooling, num_directions: int) -> None:
-        super().__init__()
-        self.pooling = pooling
-        self.num_directions = num_directions
-        self.linear = nn.Linear(input_size, num_labels)
-
-    def forward(self, h_BTH: Tensor, lengths_B: Lengths | None) -> Tensor:
-        shape = (h_BTH.shape[0], h_BTH.shape[1])
-        rows = (
-            Rows.full(*shape, h_BTH.device)
-            if lengths_B is None
-            else Rows.of_lengths(lengths_B, device=h_BTH.device, padded=shape)
-        )
-        if self.pooling is Pooling.mean:
-            return self.linear(_mean(h_BTH, rows))
-        if self.pooling is Pooling.max:
-            return self.linear(h_BTH.masked_fill(~rows.valid_BT[..., None], -torch.inf).amax(1))
-        return self.linear(_last(h_BTH, rows, self.num_directions))
-
-
-def _mean(h_BTH: Tensor, rows: Rows) -> Tensor:
-    return h_BTH.sum(1, dtype=state_dtype(h_BTH.dtype)) / rows.lengths_S[:, None]  # a stack's padded slots are zero
-
-
-def _last(h_BTH: Tensor, rows: Rows, num_directions: int) -> Tensor:
-    """What each direction gave last: ahead at the row's last frame, back at its first."""
-    last_BH = rows.last(h_BTH)
-    if num_directions == 1:
-        return last_BH
-    half = h_BTH.shape[-1] // 2
-    return torch.cat((last_BH[:, :half], h_BTH[:, 0, half:]), dim=-1)
 
 
 class Network(nn.Module):
@@ -131,9 +85,18 @@ class Network(nn.Module):
         Raises:
             DataError: an empty row; the message names its index.
         """
-        x_BTD = x if self.embedding is None else self.dropout(self.embedding(x))
-        h_BTH, _ = self.stack(x_BTD, lengths=lengths, final_state=False)
-        return self.head(h_BTH, lengths)
+        device, shape = x.device, (x.shape[0], x.shape[1])
+        rows = Rows.full(*shape, device) if lengths is None else Rows.of_lengths(lengths, device=device, padded=shape)
+        x_ND = self._embedded(rows.pack(x))
+        if self.stack.packed:
+            h_NH, _ = self.stack(x_ND, offsets=rows, final_state=False)
+        else:
+            h_BTH, _ = self.stack(rows.pad(x_ND), lengths=lengths, final_state=False)
+            h_NH = rows.pack(h_BTH)
+        return self.head.padded(h_NH, rows) if isinstance(self.head, CtcHead) else self.head(h_NH, rows)
+
+    def _embedded(self, x_N: Tensor) -> Tensor:
+        return x_N if self.embedding is None else self.dropout(self.embedding(x_N))
 
     def label_lengths(self, lengths_B: Lengths) -> Tensor:
         """How many label frames the head gives for rows of so many time steps; on the CPU."""
@@ -158,6 +121,9 @@ def build_network(model: ModelSpec, task: TaskSpec, signature: Signature) -> Net
         bidirectional=model.bidirectional,
         residual=model.residual,
         norm=model.norm,
+        learned_state=model.learned_state,
+        conv_size=model.conv_size,
+        mlp_factor=model.mlp_factor,
         **options(model),
     )
     return Network(

@@ -43,13 +43,21 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
         _CHECKING.reset(token)
 
 
-def refuse_nan(name: str, x: Tensor) -> None:
-    """Under `debug_checks`, refuse a value that is not finite, and say where the first one stands.
+def refuse_nan(name: str, x: Tensor, rows: Rows | None = None) -> None:
+    """Under `debug_checks`, refuse a frame that is not finite, and say where the first one stands.
+
+    Args:
+        name: what `x` is called in the message.
+        x: packed frames, or padded ones beside `rows`.
+        rows: which slots of a padded `x` are frames; the others may hold anything.
 
     Raises:
-        DataError: `x` holds NaN or infinity.
+        DataError: a frame holds NaN or infinity.
     """
-    if not _CHECKING.get() or not x.is_floating_point() or bool(x.isfinite().all()):
+    if not _CHECKING.get() or not x.is_floating_point():
+        return
+    x = x if rows is None else rows.zeroed(x)
+    if bool(x.isfinite().all()):
         return
     where = (~x.isfinite()).nonzero()[0].tolist()
     raise DataError(f"{name}{where}: got {float(x[tuple(where)])}, expected finite numbers")
@@ -112,8 +120,8 @@ class Rows:
         return cls(_to(offsets, device), sum(host), lengths=host, width=width)
 
     @classmethod
-    def of_offsets(cls, offsets: Offsets, num_frames: int, *, device: torch.device) -> Rows:
-        """Rows that begin at the given packed frames.
+    def of_offsets(cls, offsets: Offsets | Rows, num_frames: int, *, device: torch.device) -> Rows:
+        """Rows that begin at the given packed frames; rows that are known already are only checked to fit.
 
         Offsets on the host are checked; on a device only under `debug_checks`, since reading them stalls it.
 
@@ -121,6 +129,11 @@ class Rows:
             ConfigError: not whole numbers in one dimension, not from 0 to `num_frames`, or on another device.
             DataError: an empty row; the message names its index.
         """
+        if isinstance(offsets, Rows):
+            if (offsets.num_frames, offsets.device) != (num_frames, device):
+                got = f"rows of {offsets.num_frames} frames on {offsets.device}"
+                raise ConfigError(f"offsets: got {got}, expected {num_frames} frames on {device}")
+            return offsets
         given = offsets if isinstance(offsets, Tensor) else torch.tensor(list(offsets))
         if given.ndim != 1 or given.shape[0] < 2 or given.dtype not in (torch.int64, torch.int32):
             raise ConfigError(

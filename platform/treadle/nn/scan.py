@@ -14,7 +14,9 @@ It saves pre-activations and outputs for the backward pass, nothing else of the 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from treadle.nn import loop, native
 from treadle.nn.gates import ScanOptions, gates, state_dtype
 from treadle.nn.rows import Rows
 
-__all__ = ["gated_scan", "gated_step"]
+__all__ = ["ScanBackend", "gated_scan", "gated_step", "scan_backends"]
 
 
 def gated_scan(
@@ -80,6 +82,32 @@ def gated_step(pre_BG: Tensor, h_BH: Tensor, options: ScanOptions, *, decay_BH: 
         return torch.addcmul(b_BH, a_BH, h_BH if decay_BH is None else h_BH * decay_BH.to(h_BH.dtype))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScanBackend:
+    """What runs the scan on a kind of device here.
+
+    Args:
+        device: "cpu" or "cuda".
+        fused: whether it is a fused kernel; the loop of torch operations is about twice as slow.
+        detail: which one, or why only the loop.
+    """
+
+    device: str
+    fused: bool
+    detail: str
+
+
+def scan_backends() -> list[ScanBackend]:
+    """What runs the scan on the CPU and, where there is one, on the GPU. Builds the CPU's kernel when first asked."""
+    status = native.status()
+    found = [ScanBackend(device="cpu", fused=status.available, detail=status.detail)]
+    if torch.cuda.is_available():
+        triton_scan = _triton()
+        fused, detail = (False, "triton is not installed") if triton_scan is None else triton_scan.available()
+        found.append(ScanBackend(device="cuda", fused=fused, detail=detail))
+    return found
+
+
 _ARGUMENTS = "Tensor pre, Tensor h0, Tensor offsets, Tensor? starts, Tensor? reset, Tensor? decay"
 _OPTIONS = "int form, int candidate, bool reverse, int max_length"
 _library = torch.library.Library("treadle", "DEF")
@@ -97,18 +125,17 @@ def _cpu_kernel(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _triton() -> Any:
+    """The module of CUDA kernels, or None; imported late, since it takes a second and few machines have it."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from treadle.nn import triton_scan
-
-    return triton_scan
+    return importlib.import_module("treadle.nn.triton_scan")
 
 
 def _backend(pre_NG: Tensor) -> Any:
     """What runs a scan of `pre_NG`: a module with `forward` and `backward`."""
     if pre_NG.device.type == "cpu" and _cpu_kernel(pre_NG.dtype):
         return native
-    if pre_NG.device.type == "cuda" and (triton_scan := _triton()) is not None:
+    if pre_NG.device.type == "cuda" and (triton_scan := _triton()) is not None and triton_scan.available()[0]:
         return triton_scan
     return loop
 

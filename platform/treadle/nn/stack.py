@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from treadle.nn.cell import Cell, State
 from treadle.nn.frames import Frames, groups_of_like_length, read_frames, split_at_starts
 from treadle.nn.gates import state_dtype
 from treadle.nn.layer import Layer, LayerOptions, LayerState
-from treadle.nn.rows import Lengths, Offsets, pick
+from treadle.nn.rows import Lengths, Offsets, Rows, pick
 
 __all__ = ["RecurrentStack"]
 
@@ -97,7 +98,7 @@ class RecurrentStack(nn.Module):
         cell = self._layer(0).ahead
         self.state_names = cell.state_names
         self._state_size = cell.state_size
-        self._packed = cell.packed
+        self.packed = cell.packed  # whether packed frames are the form that costs least
         self.time_decay = time_decay
         self.initial = nn.ParameterDict()
         if learned_state:
@@ -131,7 +132,7 @@ class RecurrentStack(nn.Module):
         state: State | Tensor | Sequence[Tensor] | None = None,
         *,
         lengths: Lengths | None = None,
-        offsets: Offsets | None = None,
+        offsets: Offsets | Rows | None = None,
         starts: Tensor | None = None,
         gaps: Tensor | None = None,
         final_state: bool = True,
@@ -146,7 +147,8 @@ class RecurrentStack(nn.Module):
                 frames [N, D] beside `offsets`; or a PackedSequence.
             state: where an earlier piece of the same rows ended; the initial state when not given.
             lengths: frames of each padded row, as a CPU tensor or integers; None where all rows are full.
-            offsets: where each packed row begins, and the number of frames; best on the CPU, where it is checked.
+            offsets: where each packed row begins, and the number of frames; best on the CPU, where it is checked. Or
+                the `Rows` that they make.
             starts: True at frames before which the state restarts, [B, T] or [N]; a frame of a new document.
             gaps: time since the frame before, [B, T] or [N], not negative; needed by `time_decay`.
             final_state: False spares the final state ({} comes back), which costs the LSTM a second
@@ -170,10 +172,11 @@ class RecurrentStack(nn.Module):
             raise ConfigError(f"gaps: got {'none' if gaps is None else 'a tensor'}, expected {expected}")
         before = self._checked(state, frames.rows.num_rows, frames.values.device)
         out_dtype = _output_dtype(frames.values)
-        if self._packed:
+        if self.packed:
             frames = frames.packed()
             y, after = self._run(frames, before, final_state=final_state)
-        elif frames.padded and starts is None and len(groups_of_like_length(frames.rows)) == 1:
+        elif frames.padded and starts is None and len(self._groups(frames.rows)) == 1:
+            frames = replace(frames, values=frames.rows.zeroed(frames.values))
             y, after = self._run(frames, before, final_state=final_state)
             y = frames.rows.zeroed(y)
         else:
@@ -242,7 +245,7 @@ class RecurrentStack(nn.Module):
             before = _where(pieces.carries_S, carried, fresh)
             rows, last_B = pieces.rows, pieces.last_B
         outputs, ends, order, frame_order = [], [], [], []
-        for on_host_G in groups_of_like_length(rows):
+        for on_host_G in self._groups(rows):
             part, frame_N = rows.select(on_host_G)
             group_G = on_host_G.to(rows.device)
             inner = Frames(
@@ -264,6 +267,11 @@ class RecurrentStack(nn.Module):
         place_B = place_S if last_B is None else place_S.index_select(0, last_B)
         after = {name: torch.cat([end[name] for end in ends], dim=1).index_select(1, place_B) for name in ends[0]}
         return y_ND, after
+
+    def _groups(self, rows: Rows) -> list[Tensor]:
+        # A launch on a device costs as much as the rows that would fill it.
+        overhead = 256 if rows.device.type == "cuda" else self._layer(0).ahead.step_overhead
+        return groups_of_like_length(rows, overhead)
 
     def _checked(self, state: State | Tensor | Sequence[Tensor] | None, num_rows: int, device: torch.device) -> State:
         """The state as a dictionary of the right names, shapes, format and device; the initial one for None."""

@@ -10,8 +10,10 @@ from treadle.spec import (
     LstmSpec,
     MinGruSpec,
     MinLstmSpec,
+    MinSpec,
     ModelSpec,
     OptimSpec,
+    Pooling,
     RnnSpec,
     SgdSpec,
     Signature,
@@ -21,13 +23,13 @@ from treadle.spec import (
 __all__ = ["count_parameters", "training_bytes"]
 
 # Gates of (input projection, recurrent projection) and biases per hidden unit, and the fp32 values a
-# frame and channel keeps for the backward pass (measured for torch's fused cells and the plain loop).
+# frame and channel of the state keeps for the backward pass (measured).
 _CELLS: dict[type[ModelSpec], tuple[int, int, int, float]] = {
     RnnSpec: (1, 1, 2, 4.0),
     LstmSpec: (4, 4, 8, 17.5),
     GruSpec: (3, 3, 6, 8.0),
-    MinGruSpec: (2, 0, 2, 9.0),
-    MinLstmSpec: (3, 0, 3, 11.0),
+    MinGruSpec: (2, 0, 2, 3.0),
+    MinLstmSpec: (3, 0, 3, 4.0),
 }
 
 
@@ -35,14 +37,34 @@ def count_parameters(model: ModelSpec, task: TaskSpec, signature: Signature) -> 
     """Trained values of the network that `treadle.nn.build_network` makes of the same three specs."""
     into, recurrent, biases, _ = _CELLS[type(model)]
     directions = 2 if model.bidirectional else 1
-    hidden, tokens = model.hidden_size, signature.input_kind is InputKind.tokens
+    tokens = signature.input_kind is InputKind.tokens
     width = model.embedding_size if tokens else signature.input_size
     total = signature.input_size * model.embedding_size if tokens else 0
+    state, out = _state_size(model), 0
+    if isinstance(model, MinSpec) and model.expansion != 1:
+        out = state * model.hidden_size
+    states = len(("h", "c") if isinstance(model, LstmSpec) else ("h",))
     for _layer in range(model.num_layers):
         total += width if model.norm else 0
-        total += directions * hidden * (into * width + recurrent * hidden + biases)
-        width = hidden * directions
-    return total + (width + 1) * _head_width(task, signature)
+        total += (model.conv_size + 1) * width if model.conv_size else 0
+        total += directions * (state * (into * width + recurrent * state + biases) + out)
+        total += directions * states * state if model.learned_state else 0
+        width = model.hidden_size * directions
+        if model.mlp_factor:
+            inner = max(1, round(width * model.mlp_factor))
+            total += width + 2 * width * inner + inner + width
+    return total + _head_parameters(width, task, signature)
+
+
+def _state_size(model: ModelSpec) -> int:
+    return round(model.hidden_size * model.expansion) if isinstance(model, MinSpec) else model.hidden_size
+
+
+def _head_parameters(width: int, task: TaskSpec, signature: Signature) -> int:
+    total = (width + 1) * _head_width(task, signature)
+    if isinstance(task, ClassifySpec) and task.pooling is Pooling.attention:
+        total += ((width + 1) // 2) * (width + 2)
+    return total
 
 
 def _head_width(task: TaskSpec, signature: Signature) -> int:
@@ -64,7 +86,7 @@ def training_bytes(
     copies = 2 + moments + (1 if world > 1 else 0)
     state = 4 * count_parameters(model, task, signature) * copies
     width = model.hidden_size * (2 if model.bidirectional else 1)
-    kept = _CELLS[type(model)][3]
+    kept = _CELLS[type(model)][3] * _state_size(model) / model.hidden_size + 2 * model.mlp_factor
     frames = task.frames_per_step if isinstance(task, CtcSpec) else 1
     activations = 4 * slots * (width * model.num_layers * kept + 3 * frames * (signature.num_labels + 1))
     return int(state + activations)

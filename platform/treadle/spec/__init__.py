@@ -7,6 +7,7 @@ workers can read a frozen spec without it.
 from treadle.spec.job import (
     AdamWSpec,
     BatchSpec,
+    Candidate,
     CheckpointSpec,
     ClassifySpec,
     ClusterSpec,
@@ -17,6 +18,7 @@ from treadle.spec.job import (
     LstmSpec,
     MinGruSpec,
     MinLstmSpec,
+    MinSpec,
     ModelSpec,
     OptimSpec,
     Pooling,
@@ -37,6 +39,7 @@ from treadle.spec.signature import InputKind, Signature
 __all__ = [
     "AdamWSpec",
     "BatchSpec",
+    "Candidate",
     "CheckpointSpec",
     "ClassifySpec",
     "ClusterSpec",
@@ -48,6 +51,7 @@ __all__ = [
     "LstmSpec",
     "MinGruSpec",
     "MinLstmSpec",
+    "MinSpec",
     "ModelSpec",
     "OptimSpec",
     "Pooling",

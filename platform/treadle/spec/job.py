@@ -21,6 +21,7 @@ from treadle.units import parse_bytes, parse_duration_s
 __all__ = [
     "AdamWSpec",
     "BatchSpec",
+    "Candidate",
     "CheckpointSpec",
     "ClassifySpec",
     "ClusterSpec",
@@ -31,6 +32,7 @@ __all__ = [
     "LstmSpec",
     "MinGruSpec",
     "MinLstmSpec",
+    "MinSpec",
     "ModelSpec",
     "OptimSpec",
     "Pooling",
@@ -53,11 +55,18 @@ class Pooling(enum.Enum):
     last = "last"
     mean = "mean"
     max = "max"
+    attention = "attention"
 
 
 class Nonlinearity(enum.Enum):
     tanh = "tanh"
     relu = "relu"
+
+
+class Candidate(enum.Enum):
+    g = "g"
+    tanh = "tanh"
+    identity = "identity"
 
 
 class Precision(enum.Enum):
@@ -98,6 +107,21 @@ class ModelSpec:
     """Add a layer's input to its output where the widths agree."""
     norm: bool = False
     """Normalise (RMS) the input of each layer."""
+    learned_state: bool = False
+    """Learn the state before the first frame; zeros otherwise."""
+    conv_size: Annotated[int, Ge(0), Le(64)] = 0
+    """Taps of a causal convolution before each cell, 2 or more; 0 leaves it out. Not beside `bidirectional`."""
+    mlp_factor: Annotated[float, Ge(0), Le(64)] = 0.0
+    """Width of a feed-forward layer after each cell, in widths of the layer; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        if self.conv_size == 1:
+            raise ConfigError("model.conv_size: got 1, expected 0 (none) or 2 taps and more")
+        if self.conv_size and self.bidirectional:
+            raise ConfigError(
+                f"model.conv_size: got {self.conv_size} beside bidirectional, expected 0",
+                hint="a causal convolution reads ahead only",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +142,25 @@ class GruSpec(ModelSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinGruSpec(ModelSpec):
+class MinSpec(ModelSpec):
+    """A cell whose gates see the input only."""
+
+    candidate: Candidate = Candidate.g
+    """What enters the state: `g` (x + 0.5 from 0 on, sigmoid(x) below), `tanh` or `identity`."""
+    expansion: Annotated[float, Gt(0), Le(64)] = 1.0
+    """Width of the state in hidden sizes; other than 1, a projection leads back to the hidden size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinGruSpec(MinSpec):
     kind: ClassVar[str] = "mingru"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinLstmSpec(ModelSpec):
+class MinLstmSpec(MinSpec):
     kind: ClassVar[str] = "minlstm"
+    forget_bias: Annotated[float, Ge(0), Le(20)] = 0.0
+    """Added to the forget gate's initial bias, so that the state begins by remembering."""
     normalize_gates: bool = True
     """Divide the forget and input gates by their sum, as the published equations do."""
 

@@ -253,10 +253,10 @@ def test_torch_forms_of_the_state_are_taken() -> None:
 
 def test_rows_of_like_length_run_together() -> None:
     lengths = [500, 3, 490, 2, 3, 480]
-    groups = groups_of_like_length(Rows.of_lengths(lengths, device=torch.device("cpu")))
+    groups = groups_of_like_length(Rows.of_lengths(lengths, device=torch.device("cpu")), 8)
     assert [group.tolist() for group in groups] == [[0, 2, 5], [1, 3, 4]]
     close_lengths = Rows.of_lengths(list(range(90, 101)), device=torch.device("cpu"))
-    assert len(groups_of_like_length(close_lengths)) == 1
+    assert len(groups_of_like_length(close_lengths, 8)) == 1
 
 
 @every_kind

@@ -23,6 +23,8 @@ from treadle.spec import (
     LstmSpec,
     MinGruSpec,
     MinLstmSpec,
+    MinSpec,
+    Pooling,
     RnnSpec,
     Signature,
     StoreSpec,
@@ -93,11 +95,28 @@ def test_no_training_rows_is_a_data_error():
 
 
 @pytest.mark.parametrize("cls", [RnnSpec, LstmSpec, GruSpec, MinGruSpec, MinLstmSpec])
-@pytest.mark.parametrize("more", [{}, {"bidirectional": True, "num_layers": 3, "norm": True, "residual": True}])
-@pytest.mark.parametrize(("task", "signature"), [(CtcSpec(frames_per_step=3), TOKENS), (ClassifySpec(), FRAMES)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"bidirectional": True, "num_layers": 3, "norm": True, "residual": True, "learned_state": True},
+        {"num_layers": 2, "norm": True, "conv_size": 4, "mlp_factor": 1.7, "learned_state": True},
+        {"num_layers": 2, "bidirectional": True, "expansion": 1.3},
+    ],
+)
+@pytest.mark.parametrize(
+    ("task", "signature"),
+    [
+        (CtcSpec(frames_per_step=3), TOKENS),
+        (ClassifySpec(), FRAMES),
+        (ClassifySpec(pooling=Pooling.attention), FRAMES),
+    ],
+)
 def test_parameters_are_those_of_the_network(cls, more, task, signature):
     from treadle.nn import build_network
 
+    if not issubclass(cls, MinSpec):
+        more = {name: value for name, value in more.items() if name != "expansion"}
     model = cls(hidden_size=24, embedding_size=10, **more)
     network = build_network(model, task, signature)
     assert count_parameters(model, task, signature) == sum(p.numel() for p in network.parameters())
