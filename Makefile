@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format bench jobs constraints clean
+.PHONY: setup demo test check format bench bench-cells jobs constraints clean
 
 setup: $(STAMP)
 
@@ -39,8 +39,13 @@ bench: setup
 	$(BIN)/python tests/bench/batching.py
 	$(BIN)/python tests/bench/tracking.py
 
+# The recurrent layers beside torch's own and the published minGRU's; half an hour.
+bench-cells: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e ".[bench]"
+	$(BIN)/python tests/bench/cells.py
+
 constraints: setup
-	{ sed -n '/^#/p' infra/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^treadle'; } > infra/constraints.new
+	{ sed -n '/^#/p' infra/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v -E '^(treadle|triton=)'; } > infra/constraints.new
 	mv infra/constraints.new infra/constraints.txt
 
 clean:
