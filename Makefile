@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format bench bench-cells jobs constraints clean
+.PHONY: setup demo test check format bench bench-cells gpu jobs constraints clean
 
 setup: $(STAMP)
 
@@ -38,11 +38,18 @@ bench: setup
 	$(BIN)/python tests/bench/startup.py
 	$(BIN)/python tests/bench/batching.py
 	$(BIN)/python tests/bench/tracking.py
+	$(BIN)/python tests/bench/scan.py
+	$(BIN)/python tests/bench/transducer.py
 
 # The recurrent layers beside torch's own and the published minGRU's; half an hour.
 bench-cells: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e ".[bench]"
 	$(BIN)/python tests/bench/cells.py
+
+# On a machine with a CUDA device.
+gpu: setup
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python tests/bench/gpu_cells.py
 
 constraints: setup
 	{ sed -n '/^#/p' infra/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v -E '^(treadle|triton=)'; } > infra/constraints.new

@@ -33,9 +33,18 @@ def _one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled kernels are kept for the whole session: building them takes seconds."""
+    return tmp_path_factory.mktemp("kernels")
+
+
 @pytest.fixture(autouse=True)
-def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_cache: Path) -> None:
     """No test reads or writes the user's own store, W&B settings or Ray token."""
+    cache = tmp_path / "home" / ".cache" / "treadle"
+    cache.mkdir(parents=True)
+    (cache / "kernels").symlink_to(kernel_cache)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TREADLE_STORE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

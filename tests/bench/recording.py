@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -27,7 +28,8 @@ def record(name: str, title: str, command: str, headers: Sequence[str], rows: Se
 
 
 def _machine() -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray"))
+    installed = {name for name in ("torch", "ray") if importlib.util.find_spec(name)}  # a GPU image may lack Ray
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray") if name in installed)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     when = dt.datetime.now(dt.UTC).date()
     return f"{len(os.sched_getaffinity(0))} CPU cores ({_cpu()}), {versions}, {when}, commit {commit.stdout.strip()}"

@@ -34,19 +34,17 @@ def reference_scan(
     Cost: one small operation a time step, and memory for a, b and h of every slot.
     """
     a_NH, b_NH = gates(pre_NG, options)
-    reset_NH = None
-    if starts_N is not None:
-        reset_NH = torch.zeros_like(a_NH) if reset_H is None else a_NH * reset_H
     if decay_NH is not None:
-        a_NH = a_NH * decay_NH
-    if starts_N is not None and reset_NH is not None:
-        b_NH = b_NH + reset_NH.masked_fill(~starts_N[:, None], 0.0)
-        a_NH = a_NH.masked_fill(starts_N[:, None], 0.0)
+        a_NH = a_NH * (decay_NH if starts_N is None else decay_NH.masked_fill(starts_N[:, None], 1.0))
     read = _Reading(offsets, pre_NG.shape[0], reverse=options.reverse)
+    restarts = read.restarts(starts_N)
+    reset = torch.zeros_like(h0_SH[0]) if reset_H is None else reset_H
     h_SH, steps = h0_SH, []
     # unbind, not x[:, t]: the backward of an index fills a zero tensor of the size of x at every t.
-    for a_SH, b_SH in zip(read.steps(a_NH), read.steps(b_NH), strict=True):
-        h_SH = torch.addcmul(b_SH, a_SH, h_SH)
+    for a_SH, b_SH, restart_S1 in zip(read.steps(a_NH), read.steps(b_NH), restarts, strict=True):
+        # Chosen, not multiplied by 0: a restart must also end what is not a number.
+        before_SH = h_SH if restart_S1 is None else torch.where(restart_S1, reset, h_SH)
+        h_SH = torch.addcmul(b_SH, a_SH, before_SH)
         steps.append(h_SH)
     h_NH = read.frames(torch.stack(steps))
     return h_NH.to(pre_NG.dtype), h_NH.index_select(0, read.last_S)
@@ -89,11 +87,8 @@ def backward(
         if scale_NH is not None and starts_N1 is not None:
             scale_NH = scale_NH.masked_fill(starts_N1, 1.0)
         a_NH = keep_NH if scale_NH is None else keep_NH * scale_NH
-        if starts_N1 is not None:
-            a_NH = a_NH.masked_fill(starts_N1, 0.0)
-
         read = _Reading(offsets, pre_NG.shape[0], reverse=options.reverse)
-        total_NH, dh0_SH = read.totals(grad_h_NH.to(dtype), grad_last_SH, a_NH)
+        total_NH, dh0_SH = read.totals(grad_h_NH.to(dtype), grad_last_SH, a_NH, starts_N)
         before_NH = read.before(h_NH.to(dtype), h0_SH)
         if starts_N1 is not None:
             reset = torch.zeros_like(h0_SH[0]) if reset_H is None else reset_H
@@ -149,14 +144,23 @@ class _Reading:
         """What stood before each frame was read: the frame read before it, or the row's h0."""
         return self.frames(torch.stack((h0_SH, *self.steps(h_NH)[:-1])))
 
-    def totals(self, grad_NH: Tensor, grad_last_SH: Tensor, a_NH: Tensor) -> tuple[Tensor, Tensor]:
+    def restarts(self, starts_N: Tensor | None) -> tuple[Tensor | None, ...]:
+        """True where a row restarts, [S, 1] of every time step; None where none does."""
+        return (None,) * self.num_steps if starts_N is None else self.steps(starts_N)
+
+    def totals(
+        self, grad_NH: Tensor, grad_last_SH: Tensor, a_NH: Tensor, starts_N: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The gradient of every state, its own and what comes back from later frames, and that of h0."""
         grad_NH = grad_NH.index_add(0, self.last_S, grad_last_SH)
         slots_MH = grad_NH.new_zeros(self.num_steps * self.num_rows, grad_NH.shape[1])
         grads = self._unbound(slots_MH.index_copy_(0, self._slot_N, grad_NH))
         passed_SH, totals = torch.zeros_like(grad_last_SH), []
-        for grad_SH, a_SH in zip(reversed(grads), reversed(self.steps(a_NH)), strict=True):
+        steps = zip(grads, self.steps(a_NH), self.restarts(starts_N), strict=True)
+        for grad_SH, a_SH, restart_S1 in reversed(list(steps)):
             total_SH = grad_SH + passed_SH
             passed_SH = a_SH * total_SH
+            if restart_S1 is not None:
+                passed_SH = passed_SH.masked_fill(restart_S1, 0.0)
             totals.append(total_SH)
         return self.frames(torch.stack(totals[::-1])), passed_SH

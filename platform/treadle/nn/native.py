@@ -17,8 +17,8 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -34,10 +34,20 @@ __all__ = ["Kernel", "NativeStatus", "backward", "find", "forward", "load", "sta
 SOURCE = Path(__file__).with_name("scan.c")
 COMPILERS = ("cc", "gcc", "clang")
 # No -ffast-math, nor any part of it that changes results: NaN must come out, and an object linked with it would
-# turn denormals off in the whole process.
-FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# The first that the compiler takes: fitted to this processor, any processor, no OpenMP runtime to be had.
-ATTEMPTS = (("-march=native", "-mprefer-vector-width=512", "-fopenmp"), ("-fopenmp",), ("-fopenmp-simd",))
+# turn denormals off in the whole process. Everything that is worth it is inlined by hand, so -O3 gives nothing.
+FLAGS = ("-O2", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# Without these gcc works out exp of the clamps' constants and blends it in, a third more instructions; and it makes
+# a second vector loop of half the width for what is left of H, half the compile time.
+GCC = ("-fno-thread-jumps", "-fno-tree-pre", "--param=vect-epilogues-nomask=0")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+# The first that the compiler takes. OpenMP is gcc's only: clang would bring a second runtime beside torch's.
+ATTEMPTS = (
+    ("-march=native", *WIDE, *GCC, "-fopenmp"),
+    ("-march=native", "-fopenmp"),
+    ("-march=native", "-fopenmp-simd"),
+    ("-fopenmp",),
+    ("-fopenmp-simd",),
+)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +71,7 @@ class Kernel:
 
     Args:
         path: where it lies.
-        built: compiler and flags.
+        built: by which compiler, for which processor.
         library: its functions.
     """
 
@@ -149,6 +159,45 @@ def _call(name: str, tensors: Sequence[Tensor | None], form: int, candidate: int
 
 # ---- finding and building ----
 
+# Run on every new object, without torch, whose import takes a second: every format, form and candidate, and a number
+# of channels that no vector divides.
+SELF_CHECK = """
+import ctypes, itertools, math, struct, sys
+scan = ctypes.CDLL(sys.argv[1])
+H, T = 37, 3
+sigmoid = lambda v: 1 / (1 + math.exp(-v))
+candidates = (lambda v: v + 0.5 if v >= 0 else sigmoid(v), math.tanh, lambda v: v)
+bits = lambda v: struct.unpack("<I", struct.pack("<f", v))[0] >> 16
+value = lambda b: struct.unpack("<f", struct.pack("<I", b << 16))[0]
+same = lambda v: v
+f4, f8 = ctypes.c_float, ctypes.c_double
+formats = ((f4, f4, same, same, 1e-5), (ctypes.c_uint16, f4, bits, value, 2e-2), (f8, f8, same, same, 1e-12))
+for (dtype, form, which) in itertools.product(range(3), range(3), range(3)):
+    stored, real, store, load, close = formats[dtype]
+    G = (2 if form == 0 else 3) * H
+    pre = (stored * (T * G))(*(store(3 * math.sin(1 + 7 * i)) for i in range(T * G)))
+    ones, h0, dh0, last = ((real * H)(*[v] * H) for v in (1.0, 0.25, 0.0, 0.0))
+    h, zeros, dpre = (stored * (T * H))(), (stored * (T * H))(), (stored * (T * G))()
+    offsets = (ctypes.c_int64 * 2)(0, T)
+    tensors = (pre, h0, offsets, None, None, None, h, last, zeros, ones, dpre, dh0, None, None, None)
+    addresses = (0 if tensor is None else ctypes.addressof(tensor) for tensor in tensors)
+    words = (ctypes.c_int64 * 22)(*addresses, 1, H, dtype, form, which, 0, 1)
+    scan.treadle_scan_forward(words)
+    scan.treadle_scan_backward(words)
+    for j in range(H):
+        state, slope = 0.25, 1.0
+        for t in range(T):
+            *shares, x = (load(pre[t * G + k * H + j]) for k in range(G // H))
+            shares = [sigmoid(v) for v in shares]
+            keep, take = (1 - shares[0], shares[0]) if form == 0 else shares
+            if form == 1:
+                keep, take = keep / (keep + take), take / (keep + take)
+            state, slope = keep * state + take * candidates[which](x), slope * keep
+            assert abs(load(h[t * H + j]) - state) < close, "wrong state"
+        assert abs(last[j] - state) < close and abs(dh0[j] - slope) < close, "wrong last state or gradient"
+    assert all(math.isfinite(load(v)) for v in dpre), "a gradient is not finite"
+"""
+
 
 class _UnavailableError(Exception):
     """Why a folder gives no object."""
@@ -166,20 +215,23 @@ def _found() -> tuple[Kernel | None, str]:
     return kernel, detail
 
 
-def find(folders: Sequence[Path], compilers: Sequence[str], source: Path = SOURCE) -> tuple[Kernel | None, str]:
+def find(
+    folders: Sequence[Path], compilers: Sequence[str], source: Path = SOURCE, check: str = SELF_CHECK
+) -> tuple[Kernel | None, str]:
     """A kernel from the first folder that holds or takes one, and which it is, or why there is none.
 
     Args:
         folders: where objects are kept, the preferred one first.
         compilers: names looked up on PATH, the preferred one first.
         source: what is compiled.
+        check: Python that fails if the object, whose path is its argument, does not compute what it should.
     """
     if os.name != "posix":
         return None, "objects are only built on POSIX systems"
     reasons: list[str] = []
     for folder in folders:
         try:
-            kernel = _kernel_in(folder, compilers, source)
+            kernel = _kernel_in(folder, compilers, source, check)
         except (_UnavailableError, OSError, ValueError, subprocess.SubprocessError) as error:
             reasons.append(str(error))
         else:
@@ -197,22 +249,22 @@ def _folders() -> list[Path]:
     return folders
 
 
-def _kernel_in(folder: Path, compilers: Sequence[str], source: Path) -> Kernel:
+def _kernel_in(folder: Path, compilers: Sequence[str], source: Path, check: str) -> Kernel:
     """The kernel that `folder` holds, or a new one that it then holds."""
-    machine = _digest(source.read_bytes(), platform.machine().encode(), _cpu_flags())
+    stem = f"{source.stem}-{_digest(*_texts(source), check.encode(), platform.machine().encode(), _cpu_flags())}"
     compiler = _compiler(compilers)
     if compiler is None:
         # An object built elsewhere for the same processor and source: whatever compiler made it.
-        for record in sorted(folder.glob(f"scan-{machine}-*.json")):
+        for record in sorted(folder.glob(f"{stem}-*.json")):
             with contextlib.suppress(_UnavailableError, OSError, ValueError):
                 return _recorded(record)
         raise _UnavailableError(f"no C compiler on PATH ({', '.join(compilers)})")
     path, version = compiler
-    record = folder / f"scan-{machine}-{_digest(version.encode(), repr((FLAGS, ATTEMPTS)).encode())}.json"
+    record = folder / f"{stem}-{_digest(version.encode(), repr((FLAGS, ATTEMPTS)).encode())}.json"
     with contextlib.suppress(FileNotFoundError, _StaleError):
         return _recorded(record)
     _make_private(folder)
-    _build(path, version, source, record)
+    _build(path, version, source, record, check)
     return _recorded(record)
 
 
@@ -233,14 +285,14 @@ def _recorded(record: Path) -> Kernel:
     return Kernel(path=path, built=built, library=ctypes.CDLL(str(path)))
 
 
-def _build(compiler: str, version: str, source: Path, record: Path) -> None:
+def _build(compiler: str, version: str, source: Path, record: Path, check: str) -> None:
     """Compile, check, and record the outcome. Several processes may do so at once: each file appears whole."""
     with _temporary(record.parent, ".so") as built:
-        flags = _compile(compiler, source, built)
-        fault = _fault(built)
+        suits = _compile(compiler, version, source, built)
+        fault = _fault(built, check)
         digest = _digest(built.read_bytes())
         path = record.with_name(f"{record.stem}-{digest}.so")
-        entry = {"built": f"{version} {flags}", "object": path.name, "digest": digest, "fault": fault}
+        entry = {"built": f"{version}, {suits}", "object": path.name, "digest": digest, "fault": fault}
         if not fault:
             built.replace(path)
     with _temporary(record.parent, ".json") as written:
@@ -248,25 +300,28 @@ def _build(compiler: str, version: str, source: Path, record: Path) -> None:
         written.replace(record)
 
 
-def _compile(compiler: str, source: Path, target: Path) -> str:
-    """Compile `source` into `target` with the first flags that the compiler takes; give those."""
+def _compile(compiler: str, version: str, source: Path, target: Path) -> str:
+    """Compile `source` into `target` with the first flags that the compiler takes; say what it then suits."""
     said = ""
     for attempt in ATTEMPTS:
+        if "-fopenmp" in attempt and "clang" in version:
+            continue
         command = [compiler, *FLAGS, *attempt, "-o", str(target), str(source), "-lm"]
         outcome = _run(command)
         if outcome.returncode == 0:
-            return " ".join(attempt)
+            suits = "for this processor" if "-march=native" in attempt else "for any processor"
+            return suits if "-fopenmp" in attempt else f"{suits}, one thread"
         said = said or outcome.stderr.strip()
     raise _UnavailableError(f"{compiler} does not compile {source.name}: {' '.join(said.split())[:200]}")
 
 
-def _fault(path: Path) -> str:
+def _fault(path: Path, check: str) -> str:
     """What is wrong with an object, or "": tried in a process of its own, which an illegal instruction may kill."""
-    outcome = _run([sys.executable, "-I", "-S", "-c", _SELF_CHECK, str(path)])
+    outcome = _run([sys.executable, "-I", "-S", "-c", check, str(path)])
     if outcome.returncode == 0:
         return ""
     reason = f"signal {-outcome.returncode}" if outcome.returncode < 0 else outcome.stderr.strip().split("\n")[-1]
-    return f"the self-check of the compiled scan failed: {reason[:200]}"
+    return f"the self-check of the compiled object failed: {reason[:200]}"
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -283,6 +338,19 @@ def _compiler(names: Sequence[str]) -> tuple[str, str] | None:
             if outcome.returncode == 0 and outcome.stdout:
                 return path, outcome.stdout.split("\n")[0]
     return None
+
+
+def _texts(source: Path) -> list[bytes]:
+    """A source and all that it includes from beside it."""
+    texts: dict[Path, bytes] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in texts:
+            texts[path] = path.read_bytes()
+            included = re.findall(rb'^#include "(.+)"', texts[path], re.MULTILINE)
+            waiting += [path.with_name(name.decode()) for name in included]
+    return list(texts.values())
 
 
 def _cpu_flags() -> bytes:
@@ -305,8 +373,8 @@ def _make_private(folder: Path) -> None:
 
 def _check_owner(folder: Path) -> None:
     """What is loaded runs as this user: nobody else may have put it there."""
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+    found, trusted = folder.stat(), (0, os.getuid())
+    if found.st_uid not in trusted or folder.lstat().st_uid not in trusted or found.st_mode & 0o022:
         raise _UnavailableError(f"{folder}: others may write there")
 
 
@@ -320,36 +388,3 @@ def _temporary(folder: Path, suffix: str) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-# Without torch, whose import takes a second. A channel count of one vector and a rest, every form and candidate.
-_SELF_CHECK = """
-import ctypes, itertools, math, sys
-scan = ctypes.CDLL(sys.argv[1])
-H, T = 37, 3
-sigmoid = lambda v: 1 / (1 + math.exp(-v))
-candidates = (lambda v: v + 0.5 if v >= 0 else sigmoid(v), math.tanh, lambda v: v)
-for (dtype, real), form, which in itertools.product(((0, ctypes.c_float), (2, ctypes.c_double)), range(3), range(3)):
-    G = (2 if form == 0 else 3) * H
-    pre = (real * (T * G))(*(3 * math.sin(1 + 7 * i) for i in range(T * G)))
-    ones, h0, dh0, last = ((real * H)(*[v] * H) for v in (1.0, 0.25, 0.0, 0.0))
-    h, zeros = (real * (T * H))(), (real * (T * H))()
-    dpre = (real * (T * G))()
-    offsets = (ctypes.c_int64 * 2)(0, T)
-    here = lambda array: 0 if array is None else ctypes.addressof(array)
-    tensors = (pre, h0, offsets, None, None, None, h, last, zeros, ones, dpre, dh0, None, None, None)
-    words = (ctypes.c_int64 * 22)(*map(here, tensors), 1, H, dtype, form, which, 0, 1)
-    assert scan.treadle_scan_forward(words) == 0 and scan.treadle_scan_backward(words) == 0
-    for j in range(H):
-        state, slope = 0.25, 1.0
-        for t in range(T):
-            *gates, x = (pre[t * G + k * H + j] for k in range(G // H))
-            shares = [sigmoid(v) for v in gates]
-            keep, take = (1 - shares[0], shares[0]) if form == 0 else shares
-            if form == 1:
-                keep, take = keep / (keep + take), take / (keep + take)
-            state, slope = keep * state + take * candidates[which](x), slope * keep
-            assert abs(h[t * H + j] - state) < 1e-5, "wrong state"
-        assert abs(last[j] - state) < 1e-5 and abs(dh0[j] - slope) < 1e-5, "wrong gradient"
-    assert all(map(math.isfinite, dpre)), "not finite"
-"""

@@ -120,7 +120,7 @@ _library.define(
 
 @functools.cache
 def _cpu_kernel(dtype: torch.dtype) -> bool:
-    return native.supports(dtype) and native.load() is not None
+    return native.supports(dtype)
 
 
 @functools.cache

@@ -184,6 +184,22 @@ def test_a_restart_stops_gradients_and_needs_no_rows_of_its_own(backend: ModuleT
 
 
 @every_form
+def test_a_restart_ends_what_is_not_a_number(backend: ModuleType, form: GateForm) -> None:
+    rows, options = rows_of(6), ScanOptions(form=form)
+    pre_NG = torch.zeros(6, form.num_gates * 2)
+    pre_NG[1, 0] = torch.nan
+    pre_NG.requires_grad_()
+    starts_N = torch.tensor([False, False, False, True, False, False])
+    h_NH, last_SH = gated_scan(pre_NG, torch.zeros(1, 2), rows, options, starts_N=starts_N)
+    assert h_NH.isfinite().all(1).tolist() == [True, False, False, True, True, True]
+    assert last_SH.isfinite().all()
+    (grad,) = torch.autograd.grad(h_NH[3:].sum(), pre_NG)
+    assert grad[3:].isfinite().all()
+    assert grad[3:].any()
+    assert not grad[0].any()
+
+
+@every_form
 def test_extreme_gates_stay_finite_and_right(backend: ModuleType, form: GateForm) -> None:
     values = EXTREMES + [-value for value in EXTREMES]
     shares = torch.cartesian_prod(*[torch.tensor(values)] * (form.num_gates - 1)).view(-1, form.num_gates - 1)
