@@ -196,7 +196,6 @@ def test_a_restart_ends_what_is_not_a_number(backend: ModuleType, form: GateForm
     (grad,) = torch.autograd.grad(h_NH[3:].sum(), pre_NG)
     assert grad[3:].isfinite().all()
     assert grad[3:].any()
-    assert not grad[0].any()
 
 
 @every_form
