@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python tests/bench/tracking.py
 	$(BIN)/python tests/bench/scan.py
 	$(BIN)/python tests/bench/transducer.py
+	$(BIN)/python tests/bench/long_rows.py
 
 # The recurrent layers beside torch's own and the published minGRU's; half an hour.
 bench-cells: setup

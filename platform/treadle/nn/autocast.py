@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["low_precision_where_fast", "stored_dtype"]
+__all__ = ["low_precision_where_fast", "stored_dtype", "without_autocast"]
 
 
 @functools.cache
@@ -32,16 +32,27 @@ def stored_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-@contextlib.contextmanager
-def low_precision_where_fast(x: Tensor) -> Iterator[torch.dtype]:
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast off for the device of `x`; costs nothing where it is off anyway, which single steps notice."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def low_precision_where_fast(x: Tensor) -> contextlib.AbstractContextManager[torch.dtype]:
     """Within it, autocast is off where this machine has no arithmetic in its format.
 
-    Yields:
-        The format to give inputs of matrix products in.
+    Gives the format to put inputs of matrix products in.
     """
     device = x.device.type
     if device == "cpu" and torch.is_autocast_enabled(device) and not _cpu_has(torch.get_autocast_dtype(device)):
-        with torch.autocast(device, enabled=False):
-            yield torch.float32
-    else:
-        yield x.dtype
+        return _fp32_products(device)
+    return contextlib.nullcontext(x.dtype)
+
+
+@contextlib.contextmanager
+def _fp32_products(device: str) -> Iterator[torch.dtype]:
+    with torch.autocast(device, enabled=False):
+        yield torch.float32

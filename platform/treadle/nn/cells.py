@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from treadle.errors import ConfigError
-from treadle.nn.autocast import low_precision_where_fast, stored_dtype
+from treadle.nn.autocast import low_precision_where_fast, stored_dtype, without_autocast
 from treadle.nn.cell import Cell, Reading, State
 from treadle.nn.gates import Candidate, GateForm, ScanOptions
 from treadle.nn.rows import Rows
@@ -50,7 +50,7 @@ class _KernelCell(Cell):
 
     def _weights(self) -> tuple[Tensor, ...]:
         """w_ih, w_hh and, with biases, b_ih, b_hh."""
-        return tuple(self.rnn.parameters())
+        return tuple(self.rnn.all_weights[0])  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:
         with low_precision_where_fast(x):
@@ -75,7 +75,7 @@ class _KernelCell(Cell):
         return whole["h"], {name: reading.rows.last(part_BTH) for name, part_BTH in whole.items()}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
-        with torch.autocast(x_BD.device.type, enabled=False):
+        with without_autocast(x_BD):
             h_BH = self._step(x_BD.to(state["h"].dtype), state["h"])
         return h_BH, {"h": h_BH}
 
@@ -152,7 +152,7 @@ class _LstmCell(_KernelCell):
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         h_BH, c_BH = state["h"], state["c"]
-        with torch.autocast(x_BD.device.type, enabled=False):
+        with without_autocast(x_BD):
             h_BH, c_BH = torch.lstm_cell(x_BD.to(h_BH.dtype), (h_BH, c_BH), *self._weights())
         return h_BH, {"h": h_BH, "c": c_BH}
 

@@ -41,7 +41,7 @@ def check_gaps(gaps_N: Tensor, rows: Rows | None = None, *, num_frames: int | No
 
 
 def _refuse(name: str, x: Tensor, good: Tensor, rule: str, rows: Rows | None) -> None:
-    if x.device.type != "cpu" or bool(good.all()):
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or bool(good.all()):
         return
     where = (~good).nonzero()[0].tolist()
     place = ""
@@ -123,7 +123,7 @@ class MissingValues(nn.Module):
         self.bias = nn.Parameter(torch.zeros(input_size))
         self.register_buffer("mean_D", mean_D.clone())
 
-    def zero_state(self, num_rows: int) -> State:
+    def initial_state(self, num_rows: int) -> State:
         """Nothing seen yet. `since` is float64: a year in steps of a second would stand still in fp32."""
         dtype = state_dtype(self.weight.dtype)
         zeros = self.weight.new_zeros((1, num_rows, self.input_size), dtype=dtype)
@@ -202,13 +202,13 @@ class MissingValues(nn.Module):
                 raise ConfigError(f"{name}: got shape {got}, expected {tuple(shape)} of torch.bool")
 
     def _checked(self, state: State | None, num_rows: int) -> State:
-        zeros = self.zero_state(num_rows)
+        initial = self.initial_state(num_rows)
         if state is None:
-            return zeros
+            return initial
         shapes = {name: tuple(part.shape) for name, part in state.items()}
-        if shapes != (expected := {name: tuple(part.shape) for name, part in zeros.items()}):
+        if shapes != (expected := {name: tuple(part.shape) for name, part in initial.items()}):
             raise ConfigError(f"state: got {shapes}, expected {expected}")
-        return {name: part.to(zeros[name].dtype) for name, part in state.items()}
+        return {name: part.to(initial[name].dtype) for name, part in state.items()}
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, unit={self.unit:g}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle.errors import ConfigError
+from treadle.nn.autocast import without_autocast
 from treadle.nn.cell import Cell, Reading, State
 from treadle.nn.conv import CausalConv
 from treadle.nn.feedforward import FeedForward
@@ -133,7 +134,7 @@ class Layer(nn.Module):
         """What is left of the state at each frame; all of it where it has just restarted."""
         if gaps is None:
             return None
-        with torch.autocast(gaps.device.type, enabled=False):
+        with without_autocast(gaps):
             decay = self.decay[direction](gaps)
         return decay if starts is None else decay.masked_fill(starts[..., None], 1.0)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from treadle.nn import loop, native
+from treadle.nn.autocast import without_autocast
 from treadle.nn.gates import ScanOptions, gates, state_dtype
 from treadle.nn.rows import Rows
 
@@ -74,12 +75,11 @@ def gated_scan(
         )
 
 
-def gated_step(pre_BG: Tensor, h_BH: Tensor, options: ScanOptions, *, decay_BH: Tensor | None = None) -> Tensor:
+def gated_step(pre_BG: Tensor, h_BH: Tensor, options: ScanOptions) -> Tensor:
     """The state one time step after `h_BH`: `gated_scan` of a single frame."""
-    with torch.autocast(pre_BG.device.type, enabled=False):
+    with without_autocast(pre_BG):
         a_BH, b_BH = gates(pre_BG, options)
-        h_BH = h_BH.to(a_BH.dtype)
-        return torch.addcmul(b_BH, a_BH, h_BH if decay_BH is None else h_BH * decay_BH.to(h_BH.dtype))
+        return torch.addcmul(b_BH, a_BH, h_BH.to(a_BH.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ class RecurrentStack(nn.Module):
     """
 
     cell_type: ClassVar[Callable[..., Cell]]
+    _like: Tensor
 
     def __init__(
         self,
@@ -100,6 +101,9 @@ class RecurrentStack(nn.Module):
         self._state_size = cell.state_size
         self.packed = cell.packed  # whether packed frames are the form that costs least
         self.time_decay = time_decay
+        # Has the format and the device of the weights, which are dear to look for at every step.
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+        self._windows = {f"conv{index}": (conv_size, size) for index, size in enumerate(sizes) if conv_size}
         self.initial = nn.ParameterDict()
         if learned_state:
             shape = (num_layers * self.num_directions, cell.state_size)
@@ -110,21 +114,21 @@ class RecurrentStack(nn.Module):
         assert isinstance(layer, Layer)
         return layer
 
+    def _state_shapes(self, num_rows: int) -> dict[str, tuple[int, int, int]]:
+        cells = (self.num_layers * self.num_directions, num_rows, self._state_size)
+        return dict.fromkeys(self.state_names, cells) | {
+            name: (taps - 1, num_rows, width) for name, (taps, width) in self._windows.items()
+        }
+
     def initial_state(self, num_rows: int) -> State:
         """The state before the first frame: learned, or zeros."""
-        weight = next(self.parameters())
-        dtype = state_dtype(weight.dtype)
-        shape = (self.num_layers * self.num_directions, num_rows, self._state_size)
-        state = {
+        dtype, device = state_dtype(self._like.dtype), self._like.device
+        return {
             name: self.initial[name].to(dtype)[:, None].expand(shape)
             if name in self.initial
-            else weight.new_zeros(shape, dtype=dtype)
-            for name in self.state_names
+            else torch.zeros(shape, dtype=dtype, device=device)
+            for name, shape in self._state_shapes(num_rows).items()
         }
-        for index in range(self.num_layers):
-            if (conv := self._layer(index).conv) is not None:
-                state[f"conv{index}"] = weight.new_zeros((conv.taps - 1, num_rows, conv.weight.shape[1]), dtype=dtype)
-        return state
 
     def forward(
         self,
@@ -275,23 +279,23 @@ class RecurrentStack(nn.Module):
 
     def _checked(self, state: State | Tensor | Sequence[Tensor] | None, num_rows: int, device: torch.device) -> State:
         """The state as a dictionary of the right names, shapes, format and device; the initial one for None."""
-        expected = self.initial_state(num_rows)
         if state is None:
-            return expected
+            return self.initial_state(num_rows)
         if self.bidirectional:
             raise ConfigError("state: got one for a bidirectional stack, expected none: its end is not a beginning")
         if isinstance(state, Tensor):
             state = {"h": state}
         elif not isinstance(state, dict):
             state = dict(zip("hc", state, strict=False))
+        expected, dtype = self._state_shapes(num_rows), state_dtype(self._like.dtype)
         if state.keys() != expected.keys():
             raise ConfigError(f"state: got {sorted(state)}, expected {sorted(expected)}")
-        for name, wanted in expected.items():
+        for name, shape in expected.items():
             got = state[name]
-            if (got.shape, got.dtype, got.device) != (wanted.shape, wanted.dtype, device):
+            if got.shape != shape or got.dtype != dtype or got.device != device:
                 raise ConfigError(
                     f"state[{name!r}]: got {tuple(got.shape)} {got.dtype} on {got.device}, "
-                    f"expected {tuple(wanted.shape)} {wanted.dtype} on {device}",
+                    f"expected {shape} {dtype} on {device}",
                     hint="a state keeps its own format, whatever that of the frames",
                 )
         return state
