@@ -17,7 +17,7 @@ from treadle.nn.attention import AttentionLayer
 from treadle.nn.cell import State
 from treadle.nn.feedforward import FeedForward
 from treadle.nn.frames import Frames, read_frames
-from treadle.nn.rows import Lengths, Offsets
+from treadle.nn.rows import Lengths, Offsets, Rows
 from treadle.nn.stack import RecurrentStack
 
 __all__ = ["HybridStack"]
@@ -52,6 +52,9 @@ class HybridStack(nn.Module):
 
     Cost: attention pads rows to the longest one of a batch, so rows of like length go together best.
     """
+
+    packed = True
+    """Packed frames are the form that costs least."""
 
     def __init__(
         self,
@@ -134,7 +137,7 @@ class HybridStack(nn.Module):
         state: State | None = None,
         *,
         lengths: Lengths | None = None,
-        offsets: Offsets | None = None,
+        offsets: Offsets | Rows | None = None,
         starts: Tensor | None = None,
         gaps: Tensor | None = None,
         final_state: bool = True,

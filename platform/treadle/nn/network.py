@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from treadle.errors import ConfigError
 from treadle.nn.cells import GRU, LSTM, RNN, MinGRU, MinLSTM
 from treadle.nn.heads import ClassifyHead, CtcHead
+from treadle.nn.hybrid import HybridStack
 from treadle.nn.rows import Lengths, Rows
 from treadle.nn.stack import RecurrentStack
 from treadle.spec import (
@@ -65,7 +66,7 @@ class Network(nn.Module):
         *,
         embedding: nn.Embedding | None,
         dropout: float,
-        stack: RecurrentStack,
+        stack: RecurrentStack | HybridStack,
         head: CtcHead | ClassifyHead,
     ) -> None:
         super().__init__()
@@ -113,19 +114,25 @@ def build_network(model: ModelSpec, task: TaskSpec, signature: Signature) -> Net
         raise ConfigError(f"model: got {type(model).__name__}, expected one of {[cls.__name__ for cls in _STACKS]}")
     stack_type, options = _STACKS[type(model)]
     tokens = signature.input_kind is InputKind.tokens
-    stack = stack_type(
-        model.embedding_size if tokens else signature.input_size,
-        model.hidden_size,
-        model.num_layers,
-        dropout=model.dropout,
-        bidirectional=model.bidirectional,
-        residual=model.residual,
-        norm=model.norm,
-        learned_state=model.learned_state,
-        conv_size=model.conv_size,
-        mlp_factor=model.mlp_factor,
+    shared = {
+        "input_size": model.embedding_size if tokens else signature.input_size,
+        "hidden_size": model.hidden_size,
+        "num_layers": model.num_layers,
+        "dropout": model.dropout,
+        "bidirectional": model.bidirectional,
+        "residual": model.residual,
+        "norm": model.norm,
+        "learned_state": model.learned_state,
+        "conv_size": model.conv_size,
+        "mlp_factor": model.mlp_factor,
         **options(model),
-    )
+    }
+    stack: RecurrentStack | HybridStack
+    if model.attention_every:
+        attention = {"num_heads": model.attention_heads, "window": model.attention_window}
+        stack = HybridStack(stack_type, attention_every=model.attention_every, **attention, **shared)
+    else:
+        stack = stack_type(**shared)
     return Network(
         embedding=nn.Embedding(signature.input_size, model.embedding_size) if tokens else None,
         dropout=model.dropout,
@@ -134,7 +141,7 @@ def build_network(model: ModelSpec, task: TaskSpec, signature: Signature) -> Net
     )
 
 
-def _head(task: TaskSpec, stack: RecurrentStack, num_labels: int) -> CtcHead | ClassifyHead:
+def _head(task: TaskSpec, stack: RecurrentStack | HybridStack, num_labels: int) -> CtcHead | ClassifyHead:
     if isinstance(task, CtcSpec):
         return CtcHead(stack.output_size, num_labels, task.frames_per_step)
     if isinstance(task, ClassifySpec):

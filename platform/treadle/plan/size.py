@@ -44,16 +44,21 @@ def count_parameters(model: ModelSpec, task: TaskSpec, signature: Signature) -> 
     if isinstance(model, MinSpec) and model.expansion != 1:
         out = state * model.hidden_size
     states = len(("h", "c") if isinstance(model, LstmSpec) else ("h",))
-    for _layer in range(model.num_layers):
+    for layer in range(1, model.num_layers + 1):
         total += width if model.norm else 0
         total += (model.conv_size + 1) * width if model.conv_size else 0
         total += directions * (state * (into * width + recurrent * state + biases) + out)
         total += directions * states * state if model.learned_state else 0
         width = model.hidden_size * directions
-        if model.mlp_factor:
-            inner = max(1, round(width * model.mlp_factor))
-            total += width + 2 * width * inner + inner + width
+        total += _feed_forward(width, model.mlp_factor)
+        if model.attention_every and layer % model.attention_every == 0:
+            total += width + 4 * width * width + _feed_forward(width, model.mlp_factor)
     return total + _head_parameters(width, task, signature)
+
+
+def _feed_forward(width: int, factor: float) -> int:
+    inner = max(1, round(width * factor))
+    return width + 2 * width * inner + inner + width if factor else 0
 
 
 def _state_size(model: ModelSpec) -> int:
@@ -87,6 +92,8 @@ def training_bytes(
     state = 4 * count_parameters(model, task, signature) * copies
     width = model.hidden_size * (2 if model.bidirectional else 1)
     kept = _CELLS[type(model)][3] * _state_size(model) / model.hidden_size + 2 * model.mlp_factor
+    if model.attention_every:
+        kept += (8 + 2 * model.mlp_factor) / model.attention_every
     frames = task.frames_per_step if isinstance(task, CtcSpec) else 1
     activations = 4 * slots * (width * model.num_layers * kept + 3 * frames * (signature.num_labels + 1))
     return int(state + activations)

@@ -114,13 +114,40 @@ class ModelSpec:
     mlp_factor: Annotated[float, Ge(0), Le(64)] = 0.0
     """Width of a feed-forward layer after each cell, in widths of the layer; 0 leaves it out."""
 
+    attention_every: Annotated[int, Ge(0), Le(64)] = 0
+    """Recurrent layers before each attention layer, at most `num_layers`; 0 leaves attention out."""
+    attention_heads: Annotated[int, Ge(1), Le(256)] = 4
+    """Heads of an attention layer; each has an even share of its width."""
+    attention_window: Annotated[int, Ge(2)] | None = None
+    """Frames that a frame looks at, its own included; null: all earlier ones (`bidirectional`: the whole row)."""
+
     def __post_init__(self) -> None:
+        self._check_attention()
         if self.conv_size == 1:
             raise ConfigError("model.conv_size: got 1, expected 0 (none) or 2 taps and more")
         if self.conv_size and self.bidirectional:
             raise ConfigError(
                 f"model.conv_size: got {self.conv_size} beside bidirectional, expected 0",
                 hint="a causal convolution reads ahead only",
+            )
+
+    def _check_attention(self) -> None:
+        if not self.attention_every:
+            return
+        width = self.hidden_size * (2 if self.bidirectional else 1)
+        if self.attention_every > self.num_layers:
+            raise ConfigError(
+                f"model.attention_every: got {self.attention_every}, expected at most num_layers ({self.num_layers})"
+            )
+        if width % (2 * self.attention_heads):
+            raise ConfigError(
+                f"model.attention_heads: got {self.attention_heads}, expected one that parts a width of {width} into "
+                "even sizes"
+            )
+        if self.attention_window is not None and self.bidirectional:
+            raise ConfigError(
+                f"model.attention_window: got {self.attention_window} beside bidirectional, expected null",
+                hint="attention both ways looks at the whole row",
             )
 
 

@@ -44,6 +44,8 @@ MODELS: list[ModelSpec] = [
 BLOCKS: list[ModelSpec] = [
     LstmSpec(**SIZES, learned_state=True, mlp_factor=1.5),
     MinGruSpec(**SIZES, residual=True, norm=True, conv_size=3, mlp_factor=2.0, expansion=1.5),
+    GruSpec(**SIZES, attention_every=2, attention_heads=3, attention_window=3, mlp_factor=1.0),
+    MinGruSpec(**SIZES, attention_every=1, attention_heads=2, bidirectional=True),
     MinLstmSpec(**SIZES, learned_state=True, candidate=Candidate.tanh, forget_bias=2.0, bidirectional=True),
 ]
 every_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.kind)

@@ -102,6 +102,8 @@ def test_no_training_rows_is_a_data_error():
         {"bidirectional": True, "num_layers": 3, "norm": True, "residual": True, "learned_state": True},
         {"num_layers": 2, "norm": True, "conv_size": 4, "mlp_factor": 1.7, "learned_state": True},
         {"num_layers": 2, "bidirectional": True, "expansion": 1.3},
+        {"num_layers": 3, "attention_every": 2, "attention_window": 5, "mlp_factor": 2.0, "conv_size": 3},
+        {"num_layers": 2, "attention_every": 1, "attention_heads": 2, "bidirectional": True, "norm": True},
     ],
 )
 @pytest.mark.parametrize(
