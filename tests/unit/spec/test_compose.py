@@ -259,3 +259,16 @@ def test_specs_are_read_without_hydra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.conv_size=4"], "model.conv_size: got 4 beside bidirectional"),
+        (["model.attention_every=9"], r"model.attention_every: got 9, expected at most num_layers (2)"),
+        (["model.attention_every=1", "model.attention_heads=5"], "model.attention_heads: got 5"),
+        (["model.attention_every=1", "model.attention_window=8"], "model.attention_window: got 8 beside bidirectional"),
+    ],
+)
+def test_options_of_a_model_that_exclude_one_another(overrides: list[str], words: str) -> None:
+    assert words in refusal("g2p", *overrides)

@@ -66,7 +66,6 @@ ARGUMENTS = [
     ("model.dropout=1", "model.dropout", ""),
     ("model.conv_size=1", "model.conv_size", "2 taps"),
     ("model.mlp_factor=-1", "model.mlp_factor", ""),
-    ("model.attention_every=9", "model.attention_every", "num_layers"),
     ("model.candidate=relu", "model.candidate", "model=mingru"),
     ("model.expansion=2", "model.expansion", "model=minlstm"),
     ("optim.lr=-1", "optim.lr", ""),
