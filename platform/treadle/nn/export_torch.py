@@ -21,8 +21,8 @@ from treadle.errors import ConfigError, InternalError
 from treadle.nn.cell import Cell, Reading, State
 from treadle.nn.heads import ClassifyHead, CtcHead
 from treadle.nn.layer import Layer
-from treadle.nn.network import Network
-from treadle.nn.pooling import RowPooling
+from treadle.nn.network import Network, recurrent_stack_of
+from treadle.nn.pooling import AttentionPooling, RowPooling
 from treadle.nn.rows import Rows
 from treadle.nn.stack import RecurrentStack
 
@@ -48,7 +48,7 @@ class TorchExport:
     cases: tuple[tuple[int, ...], ...]
 
 
-def export_torch(module: nn.Module, *, packed: bool = False) -> TorchExport:
+def export_torch(module: RecurrentStack | Network, *, packed: bool = False) -> TorchExport:
     """A program that gives the module's numbers for any number of rows and time steps.
 
     Called as program.module()(x) with frames_BTD or tokens_BT, all rows full; or, packed, as (x, offsets) with the
@@ -64,22 +64,21 @@ def export_torch(module: nn.Module, *, packed: bool = False) -> TorchExport:
 
     Cost: seconds.
     """
-    if not isinstance(module, (RecurrentStack, Network)):
-        raise ConfigError(f"module: got {type(module).__name__}, expected a RecurrentStack or a Network")
-    stack = module.stack if isinstance(module, Network) else module
+    stack = recurrent_stack_of(module)
     if stack.time_decay:
         raise ConfigError("module: got time_decay, expected none")
     if packed and not stack.packed:
         raise ConfigError(f"packed: got {type(stack).__name__}, expected MinGRU or MinLSTM")
+    assert isinstance(module, (RecurrentStack, Network))
     wrapped = (_Packed if packed else _Padded)(_whole(module))
     program = _export(wrapped, _inputs(module, packed=packed, case=(5, 3, 6) if packed else (3, 5)), packed=packed)
     cases = _LENGTHS if packed else _CASES
     errors: list[float] = []
     with torch.no_grad():
-        original = (_Packed if packed else _Padded)(copy.deepcopy(module).eval())
+        original = copy.deepcopy(module).eval()
         for case in cases:
             inputs = _inputs(module, packed=packed, case=case)
-            errors += map(_error, original(*inputs), program.module()(*inputs))
+            errors += map(_error, _expected(original, *inputs), program.module()(*inputs))
     max_error = float(torch.tensor(errors, dtype=torch.float64).max())  # NaN if any is
     if not max_error <= _TOLERANCE:
         raise InternalError(f"export: got outputs that differ by {max_error:.2g}, expected {_TOLERANCE} or less")
@@ -108,6 +107,22 @@ def _inputs(module: RecurrentStack | Network, *, packed: bool, case: tuple[int, 
     return (x, torch.tensor((0, *case)).cumsum(0)) if packed else (x,)
 
 
+def _expected(module: RecurrentStack | Network, x: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, ...]:
+    """What the module itself gives, in the ways of its own."""
+    if isinstance(module, RecurrentStack):
+        y, state = module(x, offsets=offsets)
+        return (y, *state.values())
+    if offsets is None:
+        return (module(x),)
+    rows = Rows.of_offsets(offsets, x.shape[0], device=x.device)
+    logits = module(rows.pad(x), rows.lengths)
+    if not isinstance(module.head, CtcHead):
+        return (logits,)
+    # Label frames of padded rows, packed as the program gives them.
+    label_rows = Rows.of_lengths(module.label_lengths(rows.lengths), device=x.device, padded=(logits.shape[:2]))
+    return (label_rows.pack(logits),)
+
+
 def _error(expected: Tensor, got: Tensor) -> float:
     if expected.shape != got.shape:
         return float("inf")
@@ -131,7 +146,10 @@ class _Packed(nn.Module):
             return (y_NH, *state.values())
         x_ND = x_N if self.module.embedding is None else self.module.embedding(x_N)
         h_NH, _ = self.module.stack(x_ND, offsets=rows, final_state=False)
-        return (self.module.head(h_NH, rows),)
+        head = self.module.head
+        if isinstance(head, ClassifyHead):
+            return (head.linear(_pooled_rows(head.pool, h_NH, rows)),)
+        return (head(h_NH, rows),)
 
 
 class _Padded(nn.Module):
@@ -146,7 +164,7 @@ class _Padded(nn.Module):
             y_BTH, state = self._stack(self.module, x_BT)
             return (y_BTH, *state.values())
         x_BTD = x_BT if self.module.embedding is None else self.module.embedding(x_BT)
-        h_BTH, _ = self._stack(self.module.stack, x_BTD)
+        h_BTH, _ = self._stack(recurrent_stack_of(self.module), x_BTD)
         head = self.module.head
         if isinstance(head, CtcHead):
             return (head(h_BTH),)
@@ -167,11 +185,7 @@ class _Padded(nn.Module):
 def _pooled(pool: RowPooling, h_BTH: Tensor) -> Tensor:
     """`RowPooling` over rows of one length."""
     if pool.attention is not None:
-        attention = pool.attention
-        units = torch.tanh(attention.hidden(h_BTH))
-        if attention.gate is not None:
-            units = units * torch.sigmoid(attention.gate(h_BTH))
-        weights_BTA = attention.score(units).softmax(1)
+        weights_BTA = _scores(pool.attention, h_BTH).softmax(1)
         return (weights_BTA.transpose(1, 2) @ h_BTH).flatten(1)
     if pool.name == "mean":
         return h_BTH.mean(1)
@@ -181,6 +195,28 @@ def _pooled(pool: RowPooling, h_BTH: Tensor) -> Tensor:
         return h_BTH[:, -1]
     half = h_BTH.shape[-1] // 2
     return torch.cat((h_BTH[:, -1, :half], h_BTH[:, 0, half:]), dim=-1)
+
+
+def _pooled_rows(pool: RowPooling, h_NH: Tensor, rows: Rows) -> Tensor:
+    """`RowPooling`; its own sums go by blocks of frames, whose number would decide the graph."""
+    if pool.name not in ("mean", "attention"):
+        return pool(h_NH, rows)
+    weights_NA = h_NH.new_ones(h_NH.shape[0], 1)
+    if pool.attention is not None:
+        scores_NA = _scores(pool.attention, h_NH)
+        row_NA = rows.row_N[:, None].expand_as(scores_NA)
+        lowest = scores_NA.new_full((rows.num_rows, scores_NA.shape[1]), -torch.inf)
+        top_SA = lowest.scatter_reduce(0, row_NA, scores_NA, "amax")
+        weights_NA = torch.exp(scores_NA - top_SA.index_select(0, rows.row_N))
+    total_SA = weights_NA.new_zeros(rows.num_rows, weights_NA.shape[1]).index_add(0, rows.row_N, weights_NA)
+    weighted_NM = (weights_NA[..., None] * h_NH[:, None]).flatten(1)
+    sums_SM = weighted_NM.new_zeros(rows.num_rows, weighted_NM.shape[1]).index_add(0, rows.row_N, weighted_NM)
+    return (sums_SM.unflatten(1, (weights_NA.shape[1], -1)) / total_SA[..., None]).flatten(1)
+
+
+def _scores(attention: AttentionPooling, h: Tensor) -> Tensor:
+    units = torch.tanh(attention.hidden(h))
+    return attention.score(units if attention.gate is None else units * torch.sigmoid(attention.gate(h)))
 
 
 def _whole(module: RecurrentStack | Network) -> RecurrentStack | Network:

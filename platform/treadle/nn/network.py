@@ -31,7 +31,7 @@ from treadle.spec import (
     TaskSpec,
 )
 
-__all__ = ["Network", "build_network", "count_parameters"]
+__all__ = ["Network", "build_network", "count_parameters", "recurrent_stack_of"]
 
 # The closed table of cells, and which field of the spec goes to which option of the cell.
 _STACKS: dict[type[ModelSpec], tuple[type[RecurrentStack], Callable[[Any], dict[str, Any]]]] = {
@@ -147,6 +147,20 @@ def _head(task: TaskSpec, stack: RecurrentStack | HybridStack, num_labels: int) 
     if isinstance(task, ClassifySpec):
         return ClassifyHead(stack.output_size, num_labels, task.pooling, stack.num_directions)
     raise ConfigError(f"task: got {type(task).__name__}, expected CtcSpec or ClassifySpec")
+
+
+def recurrent_stack_of(module: nn.Module) -> RecurrentStack:
+    """The recurrent layers of a network, or of a stack itself.
+
+    Raises:
+        ConfigError: a module of another kind, or one with attention between its layers.
+    """
+    stack = module.stack if isinstance(module, Network) else module
+    if not isinstance(stack, RecurrentStack):
+        raise ConfigError(
+            f"module: got {type(stack).__name__}, expected a RecurrentStack, or a Network without attention layers"
+        )
+    return stack
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from treadle.errors import ConfigError
 from treadle.nn.heads import ClassifyHead, CtcHead
-from treadle.nn.network import Network
+from treadle.nn.network import Network, recurrent_stack_of
 from treadle.nn.onnx_graph import Graph, Steps
 from treadle.nn.onnx_stack import add_stack
 from treadle.nn.pooling import AttentionPooling, RowPooling
@@ -34,9 +34,7 @@ def build_model(module: nn.Module, *, state_inputs: bool, int8: bool, onnx: Modu
     Raises:
         ConfigError: something that has no form here; the message names it.
     """
-    if not isinstance(module, (RecurrentStack, Network)):
-        raise ConfigError(f"module: got {type(module).__name__}, expected a RecurrentStack or a Network")
-    stack = module.stack if isinstance(module, Network) else module
+    stack = recurrent_stack_of(module)
     if state_inputs and (isinstance(module, Network) or stack.bidirectional):
         raise ConfigError("state_inputs: expected a RecurrentStack that reads in one direction")
     graph = Graph(onnx, int8=int8)

@@ -21,7 +21,7 @@ from treadle.errors import ConfigError
 from treadle.nn.compress import Batch, Metric, Report, compare
 from treadle.nn.irregular import TimeDecay
 from treadle.nn.layer import Layer
-from treadle.nn.network import Network
+from treadle.nn.network import Network, recurrent_stack_of
 from treadle.nn.pooling import AttentionPooling, RowPooling
 from treadle.nn.stack import RecurrentStack
 
@@ -61,7 +61,7 @@ def prune_units(
     Raises:
         ConfigError: a module of another kind, a head that is not known, or a size that does not fit.
     """
-    stack = _stack_of(module)
+    stack = recurrent_stack_of(module)
     if not 1 <= hidden_size <= stack.hidden_size:
         raise ConfigError(f"hidden_size: got {hidden_size}, expected 1 to {stack.hidden_size}")
     pruned = copy.deepcopy(module)
@@ -99,7 +99,7 @@ def prune_weights(
     Raises:
         ConfigError: a module of another kind, or a share out of range.
     """
-    _stack_of(module)
+    recurrent_stack_of(module)
     if not 0 <= share < 1:
         raise ConfigError(f"share: got {share}, expected 0 to below 1")
     pruned = copy.deepcopy(module)
@@ -122,14 +122,6 @@ def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.RNNBase)):
             yield from (parameter for parameter in part.parameters(recurse=False) if parameter.ndim == 2)
-
-
-def _stack_of(module: nn.Module) -> RecurrentStack:
-    if isinstance(module, Network):
-        return module.stack
-    if isinstance(module, RecurrentStack):
-        return module
-    raise ConfigError(f"module: got {type(module).__name__}, expected a RecurrentStack or a Network")
 
 
 # ---- which tensors show which units ----
@@ -200,7 +192,7 @@ class _Wiring:
 
 
 def _wired(module: nn.Module) -> _Wiring:
-    stack, wiring = _stack_of(module), _Wiring()
+    stack, wiring = recurrent_stack_of(module), _Wiring()
     first = stack.layers[0]
     assert isinstance(first, Layer)
     blocks: _Blocks = (stack.input_size,)
@@ -309,7 +301,7 @@ def _take_out(wiring: _Wiring, module: nn.Module, hidden_size: int) -> None:
         old = wire.parameter
         kept = old.detach().index_select(wire.dim, wire.index().to(old.device)).clone()
         setattr(wire.module, wire.name, nn.Parameter(kept, requires_grad=old.requires_grad))
-    stack = _stack_of(module)
+    stack = recurrent_stack_of(module)
     for name, old in list(stack.initial.items()):
         rows = [row[units.kept.to(row.device)] for row, units in zip(old.detach(), wiring.initial, strict=True)]
         stack.initial[name] = nn.Parameter(torch.stack(rows), requires_grad=old.requires_grad)

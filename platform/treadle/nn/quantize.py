@@ -14,6 +14,7 @@ from torch import nn
 
 from treadle.errors import ConfigError
 from treadle.nn.compress import Batch, Limits, Metric, Report, compare
+from treadle.nn.hybrid import HybridStack
 from treadle.nn.int8 import Int8Cell, Int8Embedding, Int8Linear, Recurrence
 from treadle.nn.layer import Layer
 from treadle.nn.network import Network
@@ -45,7 +46,7 @@ def quantize(
     Source: Jacob et al. 2018, arXiv 1712.05877, section 2, with symmetric weights and ranges taken at run time.
 
     Args:
-        module: a RecurrentStack or a Network, fp32, on the CPU.
+        module: a RecurrentStack, a HybridStack or a Network, fp32, on the CPU.
         batches: held-out rows, which decide; without any, nothing is measured and nothing refused.
         metric: how good a module is on held-out rows; higher is better.
         embeddings: make the embedding int8 too.
@@ -86,8 +87,8 @@ def check_quantised(
 
 
 def _check(module: nn.Module) -> None:
-    if not isinstance(module, (RecurrentStack, Network)):
-        raise ConfigError(f"module: got {type(module).__name__}, expected a RecurrentStack or a Network")
+    if not isinstance(module, (RecurrentStack, HybridStack, Network)):
+        raise ConfigError(f"module: got {type(module).__name__}, expected a RecurrentStack, a HybridStack or a Network")
     for name, parameter in module.named_parameters():
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
             raise ConfigError(f"{name}: got {parameter.dtype} on {parameter.device}, expected torch.float32 on cpu")

@@ -239,8 +239,8 @@ class ParityTask(Task):
     """Bits: whether the ones so far are odd in number, asked at every frame or once at the end.
 
     The state must flip at every one. Layers whose state is h' = a h + b with a in (0, 1) and a, b set by the input
-    alone (minGRU, minLSTM) cannot do that for rows of any length, however many are stacked (Sarrof et al. 2024,
-    arXiv 2405.17394; Grazzi et al. 2024, arXiv 2411.12537): what they learn on short rows fails on longer.
+    alone (minGRU, minLSTM) cannot do that for rows of any length at finite precision, however many are stacked (Sarrof
+    et al. 2024, arXiv 2405.17394; Grazzi et al. 2024, arXiv 2411.12537): what they learn on short rows fails on longer.
 
     Args:
         shortest, longest: frames of a row.

@@ -236,3 +236,15 @@ def test_packed_rows_as_a_program() -> None:
     with torch.no_grad():
         y, _ = export.program.module()(x, offsets)
         torch.testing.assert_close(y, stack(x, offsets=offsets)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["attention", "ctc"])
+def test_packed_network_as_a_program(head: str) -> None:
+    network = make_network("minlstm", head)
+    program = export_torch(network, packed=True).program
+    tokens, lengths = torch.randint(11, (17,)), [9, 1, 7]
+    with torch.no_grad():
+        (got,) = program.module()(tokens, torch.tensor([0, 9, 10, 17]))
+        rows = [network.eval()(row[None])[0] for row in tokens.split(lengths)]
+    expected = torch.stack(rows) if head == "attention" else torch.cat(rows)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)

@@ -16,6 +16,7 @@ from treadle.nn import int8
 from treadle.nn.cell import Reading
 from treadle.nn.compress import Batch, Limits, serialised_bytes
 from treadle.nn.heads import ClassifyHead, CtcHead
+from treadle.nn.hybrid import HybridStack
 from treadle.nn.int8 import Int8Cell, Int8Embedding, Int8Linear, Recurrence, kernel_status, round_rows
 from treadle.nn.network import Network
 from treadle.nn.quantize import check_quantised, quantize
@@ -224,6 +225,20 @@ def test_network(pooling: str) -> None:
     assert 0 < report.relative_error < 0.02
     assert not quantised.training
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+
+
+def test_attention_layers_become_int8_too() -> None:
+    torch.manual_seed(0)
+    stack = HybridStack(KINDS["gru"], 48, 48, 2, attention_every=1, window=8).eval()
+    x = torch.randn(2, 20, 48)
+    quantised, report = quantize(stack, [Batch(x=x, lengths=[20, 5])], limits=EVERYTHING_ALLOWED)
+    assert not any(type(part) is nn.Linear or isinstance(part, nn.GRU) for part in quantised.modules())
+    assert report.relative_error is not None
+    assert 0 < report.relative_error < 0.03
+    whole, _ = quantised(x)
+    first, state = quantised(x[:, :9])
+    second, _ = quantised(x[:, 9:], state)
+    torch.testing.assert_close(torch.cat((first, second), dim=1), whole, rtol=0, atol=2e-6)
 
 
 def test_ctc_network_is_compared_at_real_frames_only() -> None:
