@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format bench bench-cells gpu jobs constraints clean
+.PHONY: setup demo test check format bench bench-cells bench-choose gpu jobs constraints clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,10 @@ bench: setup
 bench-cells: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e ".[bench]"
 	$(BIN)/python tests/bench/cells.py
+
+# What each cell learns and costs, on tasks with known answers; a quarter of an hour.
+bench-choose: setup
+	$(BIN)/python tests/bench/choose.py
 
 # On a machine with a CUDA device.
 gpu: setup

@@ -60,7 +60,7 @@ def gated_scan(
     minLSTM.
     """
     dtype = state_dtype(pre_NG.dtype)
-    with torch.autocast(pre_NG.device.type, enabled=False):
+    with without_autocast(pre_NG):
         return torch.ops.treadle.gated_scan(
             pre_NG.contiguous(),
             h0_SH.to(dtype).contiguous(),
@@ -76,10 +76,13 @@ def gated_scan(
 
 
 def gated_step(pre_BG: Tensor, h_BH: Tensor, options: ScanOptions) -> Tensor:
-    """The state one time step after `h_BH`: `gated_scan` of a single frame."""
+    """The state one time step after `h_BH`: `gated_scan` of rows of a single frame."""
     with without_autocast(pre_BG):
-        a_BH, b_BH = gates(pre_BG, options)
-        return torch.addcmul(b_BH, a_BH, h_BH.to(a_BH.dtype))
+        if _backend(pre_BG) is loop:  # whose bookkeeping for many frames costs more than one frame
+            a_BH, b_BH = gates(pre_BG, options)
+            return torch.addcmul(b_BH, a_BH, h_BH.to(a_BH.dtype))
+        rows = Rows.full(pre_BG.shape[0], 1, pre_BG.device)
+        return gated_scan(pre_BG, h_BH, rows, options)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
