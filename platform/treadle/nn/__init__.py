@@ -6,7 +6,7 @@ call, one form of state and one treatment of rows of unlike length. README.md be
 
 from treadle.nn.attention import AttentionLayer
 from treadle.nn.cell import State
-from treadle.nn.cells import GRU, LSTM, RNN, MinGRU, MinLSTM
+from treadle.nn.cells import GRU, LSTM, RNN, MinGRU, MinLSTM, from_torch
 from treadle.nn.feedforward import FeedForward
 from treadle.nn.footprint import ChunkPlan, measure_footprint, plan_chunk
 from treadle.nn.heads import ClassifyHead, CoxHead, CtcHead, HazardHead, RegressionHead, TagHead
@@ -84,6 +84,7 @@ __all__ = [
     "ctc_loss_sum",
     "debug_checks",
     "focal_loss_sum",
+    "from_torch",
     "gaussian_nll_sum",
     "hazard_loss_sum",
     "huber_loss_sum",

@@ -13,7 +13,9 @@ code's.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +31,7 @@ from treadle.nn.rows import Rows
 from treadle.nn.scan import gated_scan, gated_step
 from treadle.nn.stack import RecurrentStack
 
-__all__ = ["GRU", "LSTM", "RNN", "MinGRU", "MinLSTM"]
+__all__ = ["GRU", "LSTM", "RNN", "MinGRU", "MinLSTM", "from_torch"]
 
 
 class _KernelCell(Cell):
@@ -53,10 +55,19 @@ class _KernelCell(Cell):
         return tuple(self.rnn.all_weights[0])  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:
+        self._check_weights()
         with low_precision_where_fast(x):
             if reading.decay is not None:
                 return self._run_decaying(x, state, reading.decay, reading)
             return self._run(x, state, reading)
+
+    def _check_weights(self) -> None:
+        dtype = self._weights()[0].dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"weights: got {dtype}, expected torch.float32: the state of these cells would lose what it adds up",
+                hint="keep fp32 weights under torch.autocast, or use MinGRU or MinLSTM, whose state stays fp32",
+            )
 
     @abstractmethod
     def _run(self, x_BTD: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:
@@ -75,6 +86,7 @@ class _KernelCell(Cell):
         return whole["h"], {name: reading.rows.last(part_BTH) for name, part_BTH in whole.items()}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        self._check_weights()
         with without_autocast(x_BD):
             h_BH = self._step(x_BD.to(state["h"].dtype), state["h"])
         return h_BH, {"h": h_BH}
@@ -151,10 +163,42 @@ class _LstmCell(_KernelCell):
         return rows.last(torch.stack(steps, dim=1))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        self._check_weights()
         h_BH, c_BH = state["h"], state["c"]
         with without_autocast(x_BD):
             h_BH, c_BH = torch.lstm_cell(x_BD.to(h_BH.dtype), (h_BH, c_BH), *self._weights())
         return h_BH, {"h": h_BH, "c": c_BH}
+
+
+def from_torch(rnn: nn.RNNBase) -> RecurrentStack:
+    """A stack with the weights of a layer of torch, which gives the same outputs.
+
+    Args:
+        rnn: `nn.RNN`, `nn.LSTM` or `nn.GRU`; without a projection of the LSTM's output.
+
+    Raises:
+        ConfigError: a module of another kind, or with `proj_size`.
+    """
+    kinds: dict[str, Callable[..., RecurrentStack]] = {
+        "RNN_TANH": RNN,
+        "RNN_RELU": functools.partial(RNN, nonlinearity="relu"),
+        "LSTM": LSTM,
+        "GRU": GRU,
+    }
+    if getattr(rnn, "mode", None) not in kinds or rnn.proj_size:
+        raise ConfigError(f"rnn: got {rnn}, expected torch's RNN, LSTM or GRU without proj_size")
+    stack = kinds[rnn.mode](
+        rnn.input_size, rnn.hidden_size, rnn.num_layers, rnn.bias, rnn.batch_first, rnn.dropout, rnn.bidirectional
+    )
+    first = next(rnn.parameters())
+    stack = stack.to(device=first.device, dtype=first.dtype)
+    with torch.no_grad():
+        for name, given in rnn.named_parameters():
+            kind, _, place = name.rpartition("_l")
+            layer, _, reverse = place.partition("_")
+            direction = "back" if reverse else "ahead"
+            stack.get_parameter(f"layers.{layer}.{direction}.rnn.{kind}_l0").copy_(given)
+    return stack.train(rnn.training)
 
 
 def _castable(x: Tensor) -> Tensor:

@@ -95,6 +95,8 @@ def read_frames(
     if isinstance(x, PackedSequence):
         _refuse("a PackedSequence", lengths=lengths, offsets=offsets, starts=starts, gaps=gaps)
         return _read_sequence(x, input_size)
+    if not isinstance(x, Tensor):
+        raise ConfigError(f"x: got {type(x).__name__}, expected a tensor or a PackedSequence")
     if offsets is not None:
         _refuse("packed frames", lengths=lengths)
         return _read_packed(x, input_size, offsets, starts, gaps)
@@ -172,6 +174,8 @@ def _check_marks(starts: Tensor | None, gaps: Tensor | None, shape: tuple[int, .
     for name, marks in (("starts", starts), ("gaps", gaps)):
         if marks is None:
             continue
+        if not isinstance(marks, Tensor):
+            raise ConfigError(f"{name}: got {type(marks).__name__}, expected a tensor, one value for each frame")
         if tuple(marks.shape) != shape or marks.device != device:
             got = f"shape {tuple(marks.shape)} on {marks.device}"
             raise ConfigError(f"{name}: got {got}, expected {shape} on {device}, one for each frame")

@@ -113,7 +113,7 @@ class ClassifyHead(_RowLinear):
         input_size: outputs of the stack, H.
         num_classes: K.
         pooling: last, mean, max or attention, or an `AttentionPooling` of one's own. `pool.attention(h_NH, rows)`
-            gives the weights of the frames.
+            gives the pooled rows and the weights of the frames.
         num_directions: 1 or 2; only `last` asks.
 
     Raises:

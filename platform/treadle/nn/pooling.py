@@ -258,7 +258,10 @@ def _wide(x: Tensor) -> Tensor:
 
 def _check_frames(name: str, x_N: Tensor, rows: Rows) -> None:
     if x_N.ndim == 0 or x_N.shape[0] != rows.num_frames:
-        raise ConfigError(f"{name}: got shape {tuple(x_N.shape)}, expected {rows.num_frames} packed frames at dim 0")
+        raise ConfigError(
+            f"{name}: got shape {tuple(x_N.shape)}, expected {rows.num_frames} packed frames at dim 0",
+            hint="rows.pack(h_BTH) packs padded frames",
+        )
 
 
 def _check_directions(num_directions: int, size: int) -> None:

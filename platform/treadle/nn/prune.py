@@ -45,7 +45,7 @@ def prune_units(
     of the smaller size, to be trained further. Units that nothing reads go first, and taking them out changes nothing;
     but an RMS norm reads every unit: it takes the mean square of those that are left.
 
-    Source: scores after Molchanov et al. 2019, arXiv 1906.10771, eq. 8, where there is a loss; else the product of
+    Source: scores after Molchanov et al. 2019, arXiv 1906.10771, section 3, where there is a loss; else the product of
     the norms of what a unit reads and of what reads it.
 
     Args:

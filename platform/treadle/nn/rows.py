@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import numbers
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -89,7 +90,9 @@ class Rows:
         return cls(offsets, num_rows * length, width=length)
 
     @classmethod
-    def of_lengths(cls, lengths: Lengths, *, device: torch.device, padded: tuple[int, int] | None = None) -> Rows:
+    def of_lengths(
+        cls, lengths: Lengths, *, device: torch.device | str = "cpu", padded: tuple[int, int] | None = None
+    ) -> Rows:
         """Rows of the given lengths; never waits for the device.
 
         Args:
@@ -106,14 +109,19 @@ class Rows:
                 f"lengths: got a tensor on {lengths.device}, expected one on the CPU",
                 hint="keep lengths on the host; reading them back would stall the device",
             )
+        device = torch.device(device)
         host: tuple[int, ...] = tuple(lengths.tolist() if isinstance(lengths, Tensor) else lengths)
+        if not all(isinstance(length, numbers.Integral) for length in host):
+            got = f"shape {tuple(lengths.shape)} of {lengths.dtype}" if isinstance(lengths, Tensor) else str(host[:8])
+            raise ConfigError(f"lengths: got {got}, expected whole numbers, one a row")
         num_rows, width = padded or (len(host), None)
         if len(host) != num_rows or not host:
             raise ConfigError(f"lengths: got {len(host)} lengths, expected {num_rows or 'some'}, one a row")
         for row, length in enumerate(host):
             if length < 1 or (width is not None and length > width):
                 rule = "1 or more" if width is None else f"1 to {width}"
-                raise DataError(f"lengths[{row}]: got {length}, expected {rule}", hint="leave empty rows out")
+                hint = "leave empty rows out" if length == 0 else ""
+                raise DataError(f"lengths[{row}]: got {length}, expected {rule}", hint=hint)
         if min(host) == max(host) == (width or host[0]):
             return cls.full(num_rows, host[0], device)
         offsets = torch.tensor((0, *host)).cumsum(0)

@@ -75,6 +75,11 @@ class RecurrentStack(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if size < 1:
+                raise ConfigError(f"{name}: got {size}, expected 1 or more")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout: got {dropout}, expected 0 or more and below 1")
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -97,6 +102,8 @@ class RecurrentStack(nn.Module):
             for index, size in enumerate(sizes)
         )
         cell = self._layer(0).ahead
+        said = {"num_layers": num_layers, "bidirectional": bidirectional, "residual": residual, **options}
+        self._said = [f"{name}={value}" for name, value in said.items()]
         self.state_names = cell.state_names
         self._state_size = cell.state_size
         self.packed = cell.packed  # whether packed frames are the form that costs least
@@ -174,6 +181,7 @@ class RecurrentStack(nn.Module):
         if (gaps is None) == self.time_decay:
             expected = "time since the frame before, for time_decay" if self.time_decay else "none without time_decay"
             raise ConfigError(f"gaps: got {'none' if gaps is None else 'a tensor'}, expected {expected}")
+        self._check_format(frames.values)
         before = self._checked(state, frames.rows.num_rows, frames.values.device)
         out_dtype = _output_dtype(frames.values)
         if self.packed:
@@ -213,6 +221,7 @@ class RecurrentStack(nn.Module):
             raise ConfigError(f"x: got shape {tuple(x_BD.shape)}, expected (rows, {self.input_size})")
         if (gaps is None) == self.time_decay:
             raise ConfigError("gaps: expected with time_decay, and only then")
+        self._check_format(x_BD)
         before = self._checked(state, x_BD.shape[0], x_BD.device)
         if starts is not None:
             before = _where(starts, self.initial_state(x_BD.shape[0]), before)
@@ -277,6 +286,13 @@ class RecurrentStack(nn.Module):
         overhead = 256 if rows.device.type == "cuda" else self._layer(0).ahead.step_overhead
         return groups_of_like_length(rows, overhead)
 
+    def _check_format(self, x: Tensor) -> None:
+        if x.dtype != self._like.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise ConfigError(
+                f"x: got {x.dtype}, expected {self._like.dtype} like the weights",
+                hint="torch.autocast runs fp32 weights in a lower precision",
+            )
+
     def _checked(self, state: State | Tensor | Sequence[Tensor] | None, num_rows: int, device: torch.device) -> State:
         """The state as a dictionary of the right names, shapes, format and device; the initial one for None."""
         if state is None:
@@ -287,6 +303,8 @@ class RecurrentStack(nn.Module):
             state = {"h": state}
         elif not isinstance(state, dict):
             state = dict(zip("hc", state, strict=False))
+        if not all(isinstance(part, Tensor) for part in state.values()):
+            raise ConfigError("state: got something else than tensors, expected a state", hint="lengths= is a keyword")
         expected, dtype = self._state_shapes(num_rows), state_dtype(self._like.dtype)
         if state.keys() != expected.keys():
             raise ConfigError(f"state: got {sorted(state)}, expected {sorted(expected)}")
@@ -296,7 +314,7 @@ class RecurrentStack(nn.Module):
                 raise ConfigError(
                     f"state[{name!r}]: got {tuple(got.shape)} {got.dtype} on {got.device}, "
                     f"expected {shape} {dtype} on {device}",
-                    hint="a state keeps its own format, whatever that of the frames",
+                    hint="a state keeps its own format, whatever that of the frames" if got.shape == shape else "",
                 )
         return state
 
@@ -320,7 +338,7 @@ class RecurrentStack(nn.Module):
         return state | {name: window.to(state["h"].dtype) for name, window in windows.items()}
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}"
+        return ", ".join([f"{self.input_size}, {self.hidden_size}", *self._said])
 
 
 def _where(rows_B: Tensor, chosen: State, other: State) -> State:

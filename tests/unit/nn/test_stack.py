@@ -10,11 +10,11 @@ import itertools
 import pytest
 import torch
 from cell_oracles import KINDS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from treadle.errors import ConfigError, DataError
-from treadle.nn import debug_checks
+from treadle.nn import debug_checks, from_torch
 from treadle.nn.cell import Reading, State
 from treadle.nn.frames import groups_of_like_length
 from treadle.nn.rows import Rows
@@ -297,6 +297,58 @@ def test_bad_arguments_are_named(kind: str) -> None:
         stack.step(x_BTD)
 
 
+@every_kind
+def test_things_that_are_no_frames_lengths_or_marks_are_named(kind: str) -> None:
+    stack, x_BTD = make(kind, "plain"), torch.zeros(2, 3, 4)
+    cases: list[tuple[str, object, dict[str, object]]] = [
+        ("x: got torch.int64, expected torch.float32 like the weights", x_BTD.long(), {}),
+        ("x: got torch.bfloat16, expected torch.float32", x_BTD.bfloat16(), {}),
+        ("x: got torch.float64, expected torch.float32", x_BTD.double(), {}),
+        ("x: got ndarray, expected a tensor", x_BTD.numpy(), {}),
+        ("lengths: got shape .2,. of torch.float32, expected whole numbers", x_BTD, {"lengths": torch.ones(2)}),
+        ("lengths: got .3.0, 2.5., expected whole numbers", x_BTD, {"lengths": [3.0, 2.5]}),
+        ("lengths: got shape .2, 1. of torch.int64", x_BTD, {"lengths": torch.ones(2, 1, dtype=torch.int64)}),
+        ("starts: got list, expected a tensor", x_BTD, {"starts": [[0] * 3] * 2}),
+        ("state: got something else than tensors", x_BTD, {"state": [3, 2]}),
+    ]
+    for match, x, arguments in cases:
+        with pytest.raises(ConfigError, match=match):
+            stack(x, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "gru"])
+def test_weights_in_half_precision_are_refused_where_the_state_would_be_too(kind: str) -> None:
+    stack = make(kind, "plain").bfloat16()
+    x_BTD = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
+    for call in (lambda: stack(x_BTD), lambda: stack.step(x_BTD[:, 0])):
+        with pytest.raises(ConfigError, match=r"weights: got torch\.bfloat16, expected torch\.float32"):
+            call()
+    mine, _ = make("mingru", "plain").bfloat16()(x_BTD)
+    assert mine.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_layers_of_torch_keep_their_weights(kind: type[nn.RNNBase], bidirectional: bool, batch_first: bool) -> None:
+    options = {"nonlinearity": "relu"} if kind is nn.RNN else {}
+    theirs = kind(3, 5, 2, bidirectional=bidirectional, batch_first=batch_first, **options).double().eval()
+    mine = from_torch(theirs)
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    wanted, hidden = theirs(x)
+    got, state = mine(x)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    for part, name in zip(hidden if isinstance(hidden, tuple) else (hidden,), "hc", strict=False):
+        torch.testing.assert_close(state[name], part, rtol=0, atol=1e-12)
+    with pytest.raises(ConfigError, match="expected torch's RNN, LSTM or GRU"):
+        from_torch(nn.LSTM(3, 5, proj_size=2))
+
+
+def test_a_stack_says_what_it_is() -> None:
+    text = repr(KINDS["minlstm"](3, 4, 2, expansion=2.0))
+    assert "3, 4, num_layers=2, bidirectional=False, residual=False, expansion=2.0" in text
+
+
 def test_bad_options_are_named() -> None:
     make_mingru, make_rnn = KINDS["mingru"], KINDS["rnn_tanh"]
     for match, call in (
@@ -305,6 +357,9 @@ def test_bad_options_are_named() -> None:
         ("conv_size: got 1", lambda: make_mingru(3, 4, conv_size=1)),
         ("conv_size: got a causal", lambda: make_mingru(3, 4, conv_size=4, bidirectional=True)),
         ("mlp_factor: got -1", lambda: make_mingru(3, 4, mlp_factor=-1)),
+        ("num_layers: got 0", lambda: make_mingru(3, 4, 0)),
+        ("hidden_size: got 0", lambda: make_mingru(3, 0)),
+        ("dropout: got 1.5", lambda: make_mingru(3, 4, 2, dropout=1.5)),
     ):
         with pytest.raises(ConfigError, match=match):
             call()
