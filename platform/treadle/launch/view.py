@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import enum
+from dataclasses import fields
+
 from treadle.plan import Plan
-from treadle.spec import JobSpec
+from treadle.spec import JobSpec, ModelSpec
 from treadle.units import format_bytes, format_count
 
 __all__ = ["plan_text"]
+
+
+_SAID = {"hidden_size", "num_layers", "bidirectional", "embedding_size"}
+
+
+def _chosen(model: ModelSpec) -> str:
+    """What a model has beside its size, where it is not as by default: norm, residual, conv_size 4."""
+    words = []
+    for field in fields(model):
+        value = getattr(model, field.name)
+        if field.name not in _SAID and value != field.default:
+            shown = value.value if isinstance(value, enum.Enum) else value
+            words.append(field.name if shown is True else f"{field.name} {shown}")
+    return ", ".join(words)
 
 
 def plan_text(spec: JobSpec, plan: Plan) -> str:
@@ -19,6 +36,7 @@ def plan_text(spec: JobSpec, plan: Plan) -> str:
         "job": f"{spec.name}: {spec.summary}" if spec.summary else spec.name,
         "model": f"{directions}{model.kind}, {model.num_layers} x {model.hidden_size}, "
         f"{plan.parameters:,} parameters, task {spec.task.kind}",
+        **({"layers": chosen} if (chosen := _chosen(model)) else {}),
         "data": f"{spec.data.name} {plan.data_digest[:12]}: {plan.train_rows:,} rows to train on, "
         f"{plan.valid_rows:,} to watch, {plan.test_rows:,} to test",
         "lengths": f"{plan.length_min} to {plan.length_max} time steps, median {plan.length_median}, "
