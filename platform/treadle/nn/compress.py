@@ -218,4 +218,6 @@ def _refusal(report: Report, limits: Limits) -> str:
         # A comparison with NaN is false: only what is within its limit passes.
         if got is not None and limit is not None and not got * sign >= limit * sign
     ]
+    if report.bytes_after >= report.bytes_before:
+        found.append(f"bytes: got {report.bytes_after}, expected fewer than {report.bytes_before}")
     return "; ".join(found)

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from treadle.errors import ConfigError
-from treadle.nn import int8
+from treadle.nn import MinGRU, int8
 from treadle.nn.cell import Reading
 from treadle.nn.compress import Batch, Limits, serialised_bytes
 from treadle.nn.heads import ClassifyHead, CtcHead
@@ -336,3 +336,11 @@ def test_refusals() -> None:
     with torch.no_grad():
         quantised.stack(frames)
     assert serialised_bytes(quantised) < serialised_bytes(network)
+
+
+def test_a_stack_too_small_to_shrink_is_given_back() -> None:
+    stack = MinGRU(4, 4)
+    same, report = quantize(stack)
+    assert same is stack
+    assert not report.kept
+    assert report.reason.startswith("bytes: got")
