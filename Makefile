@@ -41,6 +41,7 @@ bench: setup
 	$(BIN)/python tests/bench/scan.py
 	$(BIN)/python tests/bench/transducer.py
 	$(BIN)/python tests/bench/long_rows.py
+	$(BIN)/python tests/bench/compress.py
 
 # The recurrent layers beside torch's own and the published minGRU's; half an hour.
 bench-cells: setup
