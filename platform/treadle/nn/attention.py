@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from treadle.errors import ConfigError
 from treadle.nn.autocast import low_precision_where_fast
+from treadle.nn.cell import State, check_shapes
 from treadle.nn.gates import state_dtype
 from treadle.nn.rows import Rows
 
 __all__ = ["AttentionLayer"]
 
-State = dict[str, Tensor]
 
 # Shorter blocks cost more calls than they spare scores: 4,096 frames, window 16, forward and backward on one
 # core take 43, 35 and 36 ms in blocks of 16, 32 and 64.
@@ -220,9 +220,7 @@ class AttentionLayer(nn.Module):
         initial = self.initial_state(num_rows)
         if state is None:
             return initial
-        shapes = {name: tuple(part.shape) for name, part in state.items()}
-        if shapes != (expected := {name: tuple(part.shape) for name, part in initial.items()}):
-            raise ConfigError(f"state: got {shapes}, expected {expected}")
+        check_shapes(state, initial)
         return state
 
     def extra_repr(self) -> str:

@@ -6,14 +6,17 @@ Shape letters: B or S rows, T time steps, D features, H state, N frames of all r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from treadle.errors import ConfigError
 from treadle.nn.rows import Rows
 
-__all__ = ["Cell", "Reading", "State"]
+__all__ = ["Cell", "Reading", "State", "check_like", "check_shapes", "check_state"]
 
 State = dict[str, Tensor]
 """What a stack carries from one time step to the next: fp32 tensors with the rows at dimension 1.
@@ -67,3 +70,42 @@ class Cell(nn.Module, ABC):
     @abstractmethod
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """The output at one time step and the state after it."""
+
+
+def check_state(
+    state: State, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], device: torch.device
+) -> None:
+    """Refuse a state that is not what a layer carries.
+
+    Raises:
+        ConfigError: other names, or a tensor of another shape, format or device; the message names it.
+    """
+    if state.keys() != shapes.keys():
+        raise ConfigError(f"state: got {sorted(state)}, expected {sorted(shapes)}")
+    for name, shape in shapes.items():
+        got, dtype = state[name], dtypes[name]
+        if got.shape != shape or got.dtype != dtype or got.device != device:
+            raise ConfigError(
+                f"state[{name!r}]: got {tuple(got.shape)} {got.dtype} on {got.device}, "
+                f"expected {shape} {dtype} on {device}",
+                hint="a state keeps its own format, whatever that of the frames" if got.shape == shape else "",
+            )
+
+
+def check_like(state: State, initial: State) -> None:
+    """`check_state` against a state that fits."""
+    shapes = {name: tuple(part.shape) for name, part in initial.items()}
+    check_state(
+        state, shapes, {name: part.dtype for name, part in initial.items()}, next(iter(initial.values())).device
+    )
+
+
+def check_shapes(state: State, initial: State) -> None:
+    """Refuse a state whose names or shapes are not those of one that fits; formats may differ.
+
+    Raises:
+        ConfigError: both, side by side.
+    """
+    shapes = {name: tuple(part.shape) for name, part in state.items()}
+    if shapes != (expected := {name: tuple(part.shape) for name, part in initial.items()}):
+        raise ConfigError(f"state: got {shapes}, expected {expected}")

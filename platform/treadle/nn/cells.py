@@ -85,15 +85,6 @@ class _KernelCell(Cell):
             return whole["h"], {}
         return whole["h"], {name: reading.rows.last(part_BTH) for name, part_BTH in whole.items()}
 
-    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
-        self._check_weights()
-        with without_autocast(x_BD):
-            h_BH = self._step(x_BD.to(state["h"].dtype), state["h"])
-        return h_BH, {"h": h_BH}
-
-    def _step(self, x_BD: Tensor, h_BH: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 class _OneStateCell(_KernelCell):
     """A kernel whose state is its output."""
@@ -103,6 +94,16 @@ class _OneStateCell(_KernelCell):
         if not reading.final_state:
             return h_BTH, {}
         return h_BTH, {"h": reading.rows.last(h_BTH).to(state["h"].dtype)}
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        self._check_weights()
+        with without_autocast(x_BD):
+            h_BH = self._step(x_BD.to(state["h"].dtype), state["h"])
+        return h_BH, {"h": h_BH}
+
+    @abstractmethod
+    def _step(self, x_BD: Tensor, h_BH: Tensor) -> Tensor:
+        """h one time step later, by torch's function for a single one."""
 
 
 class _RnnCell(_OneStateCell):

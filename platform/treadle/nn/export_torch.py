@@ -248,7 +248,8 @@ class _WholeCell(Cell):
         return y, {"h": h, "c": c} if "c" in state else {"h": h}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
-        raise NotImplementedError
+        y_BTH, after = self(x_BD[:, None], state, Reading(rows=Rows.full(x_BD.shape[0], 1, x_BD.device)))
+        return y_BTH[:, 0], after
 
 
 _KERNELS: dict[str, Any] = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from treadle.errors import ConfigError
 from treadle.nn.attention import AttentionLayer
-from treadle.nn.cell import State
+from treadle.nn.cell import State, check_like
 from treadle.nn.feedforward import FeedForward
 from treadle.nn.frames import Frames, read_frames
 from treadle.nn.rows import Lengths, Offsets, Rows
@@ -210,16 +210,7 @@ class HybridStack(nn.Module):
         return x + mlp(x) if isinstance(mlp, FeedForward) else x
 
     def _checked(self, state: State, num_rows: int) -> State:
-        expected = self.initial_state(num_rows)
-        if state.keys() != expected.keys():
-            raise ConfigError(f"state: got {sorted(state)}, expected {sorted(expected)}")
-        for name, wanted in expected.items():
-            got = state[name]
-            if (got.shape, got.dtype, got.device) != (wanted.shape, wanted.dtype, wanted.device):
-                raise ConfigError(
-                    f"state[{name!r}]: got {tuple(got.shape)} {got.dtype} on {got.device}, "
-                    f"expected {tuple(wanted.shape)} {wanted.dtype} on {wanted.device}"
-                )
+        check_like(state, self.initial_state(num_rows))
         return state
 
     def extra_repr(self) -> str:

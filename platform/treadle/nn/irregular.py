@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from treadle.errors import ConfigError, DataError
+from treadle.nn.cell import State, check_shapes
 from treadle.nn.gates import state_dtype
 from treadle.nn.rows import Rows
 
 __all__ = ["MissingValues", "TimeDecay", "TimeEmbedding", "check_gaps"]
 
-State = dict[str, Tensor]
 
 _YEAR_S = 365.25 * 86_400
 
@@ -205,9 +205,7 @@ class MissingValues(nn.Module):
         initial = self.initial_state(num_rows)
         if state is None:
             return initial
-        shapes = {name: tuple(part.shape) for name, part in state.items()}
-        if shapes != (expected := {name: tuple(part.shape) for name, part in initial.items()}):
-            raise ConfigError(f"state: got {shapes}, expected {expected}")
+        check_shapes(state, initial)
         return {name: part.to(initial[name].dtype) for name, part in state.items()}
 
     def extra_repr(self) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from treadle.errors import ConfigError
-from treadle.nn.cell import Cell, State
+from treadle.nn.cell import Cell, State, check_state
 from treadle.nn.frames import Frames, groups_of_like_length, read_frames, split_at_starts
 from treadle.nn.gates import state_dtype
 from treadle.nn.layer import Layer, LayerOptions, LayerState
@@ -305,17 +305,8 @@ class RecurrentStack(nn.Module):
             state = dict(zip("hc", state, strict=False))
         if not all(isinstance(part, Tensor) for part in state.values()):
             raise ConfigError("state: got something else than tensors, expected a state", hint="lengths= is a keyword")
-        expected, dtype = self._state_shapes(num_rows), state_dtype(self._like.dtype)
-        if state.keys() != expected.keys():
-            raise ConfigError(f"state: got {sorted(state)}, expected {sorted(expected)}")
-        for name, shape in expected.items():
-            got = state[name]
-            if got.shape != shape or got.dtype != dtype or got.device != device:
-                raise ConfigError(
-                    f"state[{name!r}]: got {tuple(got.shape)} {got.dtype} on {got.device}, "
-                    f"expected {shape} {dtype} on {device}",
-                    hint="a state keeps its own format, whatever that of the frames" if got.shape == shape else "",
-                )
+        shapes = self._state_shapes(num_rows)
+        check_state(state, shapes, dict.fromkeys(shapes, state_dtype(self._like.dtype)), device)
         return state
 
     def _split(self, state: State) -> list[LayerState]:
