@@ -16,13 +16,16 @@ from treadle import wire
 from treadle.errors import ConfigError, IntegrityError
 from treadle.spec import (
     AdamWSpec,
+    AugmentSpec,
     BatchSpec,
     CheckpointSpec,
     ClassifySpec,
+    ColumnsSpec,
     CtcSpec,
     DataSpec,
     GruSpec,
     JobSpec,
+    Leak,
     LstmSpec,
     MinGruSpec,
     MinLstmSpec,
@@ -31,7 +34,10 @@ from treadle.spec import (
     Pooling,
     RnnSpec,
     SgdSpec,
+    SplitBy,
+    SplitSpec,
     StoreSpec,
+    TargetPer,
     TaskSpec,
 )
 
@@ -51,9 +57,10 @@ def job(**changes: Any) -> JobSpec:
         name="toy",
         task=CtcSpec(frames_per_step=2),
         model=LstmSpec(),
-        data=DataSpec(name="toy", sha256={"a.txt": "00"}),
+        data=DataSpec(name="toy", sha256={"a.txt": "00"}, allow_leaks=[Leak.entity]),
         optim=AdamWSpec(),
         store=StoreSpec(uri="/nowhere"),
+        columns=ColumnsSpec(inputs=["hr"]),
     )
     return dataclasses.replace(spec, **changes)
 
@@ -131,7 +138,15 @@ OPTIMS = [AdamWSpec(clip_norm=None), SgdSpec(momentum=0.0)]
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("optim", OPTIMS)
 def test_a_job_of_any_variants_survives_the_wire(model, task, optim):
-    spec = job(model=model, task=task, optim=optim, batch=BatchSpec(lanes=3))
+    spec = job(
+        model=model,
+        task=task,
+        optim=optim,
+        batch=BatchSpec(lanes=3, max_slots="8k"),
+        columns=ColumnsSpec(inputs=["hr"], lower={"hr": 0.5}, target_per=TargetPer.frame),
+        split=SplitSpec(by=SplitBy.time, test=0.2, train_rows=7),
+        augment=AugmentSpec(crop=0.1),
+    )
     again = wire.unrecord(JobSpec, wire.record("job", 1, spec), kind="job", schema=1, where="x")
     assert again == spec
     assert again.digest == spec.digest
@@ -168,6 +183,15 @@ def test_every_variant_is_tried_here():
         (lambda v: v.update(model=None), r"model: got NoneType"),
         (lambda v: v["data"].update(sha256=[]), r"data\.sha256: got list, expected dict"),
         (lambda v: v["data"]["sha256"].update({"b": 1}), r"data\.sha256\.b: got int, expected str"),
+        (
+            lambda v: v["data"].update(allow_leaks=["entitty"]),
+            r"data\.allow_leaks\[0\]: got 'entitty', expected one of",
+        ),
+        (lambda v: v["columns"]["inputs"].append(1), r"columns\.inputs\[1\]: got int, expected str"),
+        (lambda v: v["columns"]["lower"].update(hr="0"), r"columns\.lower\.hr: got str, expected float"),
+        (lambda v: v["batch"].update(max_slots=512), r"batch\.max_slots: got int, expected str"),
+        (lambda v: v["batch"].update(slots=512), r"unknown fields \['slots'\] for BatchSpec"),
+        (lambda v: v["split"].update(fold=9), r"split\.fold: got 9, expected below"),
         (lambda v: v["data"].update(name="../x"), r"data\.name: got '\.\./x'"),
         (
             lambda v: v["precision"].update(mode="fp8"),

@@ -167,7 +167,7 @@ class Checker:
         if converted is not None or (leaf.value is None and field.optional):
             yield leaf
             return
-        nearest = did_you_mean(str(leaf.value), field.choices) if field.choices else ""
+        nearest = _near(leaf.value, field)
         # YAML reads no, off and on as booleans.
         quoted = ", in quotes" if isinstance(leaf.value, bool) and (field.choices or field.value_type is str) else ""
         self._add(leaf, field.expected + quoted, suggestion=nearest)
@@ -204,10 +204,21 @@ class Checker:
                 self._add(leaf, "a reference to a key of the job", suggestion=suggest_key(target, self.known))
 
 
+def _near(value: Any, field: FieldDoc) -> str:
+    """A suggestion for a value that should be in a list, or for the first that is none of the field's choices."""
+    if field.value_type is list and isinstance(value, str):
+        return f" - did you mean [{value}]?"
+    if not field.choices:
+        return ""
+    wrong = [item for item in (value if isinstance(value, list) else [value]) if item not in field.choices]
+    return did_you_mean(str(wrong[0]), field.choices) if wrong else ""
+
+
 def _convert(field: FieldDoc, draft: DictConfig, value: Any) -> Any:
     """`value` as the type of the field, or None where it is none or out of range."""
     is_flag = isinstance(value, bool)
-    if field.value_type is str and is_flag:
+    items = value if isinstance(value, list) else ()
+    if (field.value_type is str and is_flag) or (field.item_type is str and any(isinstance(i, bool) for i in items)):
         return None  # OmegaConf would make `name: on` the text "True"
     if field.value_type is bool and isinstance(value, int) and not is_flag:
         return None  # OmegaConf takes 2 for true

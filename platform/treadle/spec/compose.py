@@ -114,7 +114,11 @@ def _parse(overrides: Sequence[str], problems: list[Problem]) -> Iterator[_Argum
             continue
         key = override.key_or_group
         if override.is_sweep_override():
-            quote = f" - text with a comma is quoted: '{key}=\"{_raw(text)}\"'"
+            doc = job_keys().get(key)
+            if doc is not None and doc.value_type is list:
+                quote = f" - did you mean {key}=[{_raw(text)}]?"
+            else:
+                quote = f" - text with a comma is quoted: '{key}=\"{_raw(text)}\"'"
             problems.append(
                 Problem(
                     key=key,

@@ -16,24 +16,34 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from treadle import wire
 from treadle.errors import ConfigError
-from treadle.units import parse_bytes, parse_duration_s
+from treadle.units import parse_bytes, parse_count, parse_duration_s
 
 __all__ = [
     "AdamWSpec",
+    "AugmentSpec",
     "BatchSpec",
+    "Budget",
     "Candidate",
     "CheckpointSpec",
+    "ClassWeights",
     "ClassifySpec",
     "ClusterSpec",
+    "ColumnsSpec",
     "CtcSpec",
     "DataSpec",
+    "Format",
     "GruSpec",
     "JobSpec",
+    "Layout",
+    "Leak",
+    "LongRows",
     "LstmSpec",
     "MinGruSpec",
     "MinLstmSpec",
     "MinSpec",
+    "Missing",
     "ModelSpec",
+    "OnBadRow",
     "OptimSpec",
     "Pooling",
     "Precision",
@@ -42,11 +52,15 @@ __all__ = [
     "Schedule",
     "ServeSpec",
     "SgdSpec",
+    "SplitBy",
+    "SplitSpec",
     "StoreSpec",
+    "TargetPer",
     "TaskSpec",
     "TrackSpec",
     "TrainSpec",
     "WandbMode",
+    "Window",
 ]
 
 
@@ -79,6 +93,73 @@ class Schedule(enum.Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+
+
+class SplitBy(enum.Enum):
+    entity = "entity"
+    stratified = "stratified"
+    time = "time"
+    walk_forward = "walk_forward"
+
+
+class Window(enum.Enum):
+    expanding = "expanding"
+    rolling = "rolling"
+
+
+class Layout(enum.Enum):
+    rows = "rows"
+    events = "events"
+
+
+class Format(enum.Enum):
+    auto = "auto"
+    parquet = "parquet"
+    arrow = "arrow"
+    csv = "csv"
+    jsonl = "jsonl"
+    huggingface = "huggingface"
+
+
+class TargetPer(enum.Enum):
+    row = "row"
+    frame = "frame"
+    sequence = "sequence"
+
+
+class OnBadRow(enum.Enum):
+    fail = "fail"
+    quarantine = "quarantine"
+
+
+class Missing(enum.Enum):
+    refuse = "refuse"
+    mean = "mean"
+    indicator = "indicator"
+
+
+class Leak(enum.Enum):
+    entity = "entity"
+    window = "window"
+    content = "content"
+    future = "future"
+    statistics = "statistics"
+    feature = "feature"
+
+
+class Budget(enum.Enum):
+    slots = "slots"
+    frames = "frames"
+
+
+class LongRows(enum.Enum):
+    refuse = "refuse"
+    chunk = "chunk"
+
+
+class ClassWeights(enum.Enum):
+    none = "none"
+    balanced = "balanced"
 
 
 class WandbMode(enum.Enum):
@@ -221,39 +302,154 @@ class ClassifySpec(TaskSpec):
     """How the frames of a sequence become one vector."""
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of the target probability spread over all classes."""
+    class_weights: ClassWeights = ClassWeights.none
+    """What a row counts in the loss: alike, or by how rare its label is in training rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Which data set, from what source, split how."""
+    """Which data set, from what source, and what its rows must keep to."""
 
     name: Annotated[str, MinLen(1)]
-    """Name of the prepared data set in the store."""
+    """Name of the data set in the store."""
     source: str | None = None
-    """A URL, folder or file that the preparation script reads; what it means is the script's."""
+    """A URL, folder, file or pattern of files, for the preparation script; for `columns` where there is none."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Expected sha256 of each source file, by file name; a mismatch stops the preparation."""
+    """Expected sha256 of each source file, by file name; a mismatch stops the build."""
+    format: Format = Format.auto
+    """Of the source files; auto goes by their names. Not used by a preparation script."""
+    licence: str = "not stated"
+    """Of the source, a line for people. A preparation script says its own."""
     limit: Annotated[int, Ge(1)] | None = None
     """Keep only this many entities (chosen by hash), for a trial run."""
-    valid: Annotated[int, Ge(0)] = 0
-    """Entities set aside to watch training with."""
-    test: Annotated[int, Ge(0)] = 0
-    """Entities set aside for the final evaluation, unless the source says which they are."""
-    seed: Annotated[int, Ge(0)] = 0
-    """Seed of the split and of the choice that `limit` makes."""
     max_length: Annotated[int, Ge(1)] = 100_000
     """Longest sequence accepted, in time steps."""
+    missing: Missing = Missing.refuse
+    """Values that are NaN or null: refused, replaced by the mean, or that and a channel more that says so."""
+    gaps: bool = False
+    """Give the time since the frame before to the model, as one more channel."""
+    on_bad_row: OnBadRow = OnBadRow.fail
+    """What a row that breaks a rule does: fail the build, with all of them listed, or be set aside in a file."""
+    bad_rows: Annotated[float, Ge(0)] = 0.01
+    """Most rows to set aside: a share of all below 1, else a number. More fail the build."""
+    allow_leaks: list[Leak] = field(default_factory=list)
+    """Findings of the leakage audit that are accepted; they are kept with the data set and the model."""
 
     def __post_init__(self) -> None:
         wire.check_name("data.name", self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColumnsSpec:
+    """Which column of the source files is what, where no preparation script says it."""
+
+    layout: Layout = Layout.rows
+    """`rows`: a line is a whole sequence, its columns lists. `events`: a line is one frame of its entity."""
+    entity: str | None = None
+    """What must not stand in two splits: a word, a person, a recording. Its own number where there is none."""
+    group: str | None = None
+    """What is split as one where that is more than the entity: a family, a matched set."""
+    id: str | None = None
+    """A key that no two rows share."""
+    inputs: list[str] = field(default_factory=list)
+    """One column of symbols or ids, or one column of numbers for each channel."""
+    symbols: list[str] = field(default_factory=list)
+    """The vocabulary, where it is closed: others break a rule. Else it is what training rows hold."""
+    lower: dict[str, float] = field(default_factory=dict)
+    """Least value of an input or target column."""
+    upper: dict[str, float] = field(default_factory=dict)
+    """Largest value of an input or target column."""
+    times: str | None = None
+    """When each frame was: a list of numbers that never fall, or for events a number or a timestamp."""
+    time: str | None = None
+    """When a row is asked about: nothing it holds may be later, and splits by time go by it."""
+    weight: str | None = None
+    """What a row counts in the loss; 1 where there is none."""
+    split: str | None = None
+    """`train`, `valid` or `test` where the source says it."""
+    target: list[str] = field(default_factory=list)
+    """One column of labels, or one column for each value to be predicted."""
+    target_per: TargetPer = TargetPer.row
+    """Whether a target is of the row, of each frame, or a sequence of its own (for `ctc`)."""
+    labels: list[str] = field(default_factory=list)
+    """The labels in the order of their ids; those that occur, sorted, where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSpec:
+    """Which rows are trained on, which are watched, which are the test. Where the source says it, the source."""
+
+    by: SplitBy = SplitBy.entity
+    """By hash of the entity, so and with like shares of labels, by time, or by one fold of walking forward in time."""
+    valid: Annotated[float, Ge(0)] = 0.0
+    """Set aside to watch training with: a share below 1, else a number. Of entities; of rows where it goes by time."""
+    test: Annotated[float, Ge(0)] = 0.0
+    """Set aside for the final evaluation, unless the source says which: as `valid`."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Of the hash."""
+    horizon: Annotated[float, Ge(0)] = 0.0
+    """How long after its time a row's target is decided; rows whose target reaches into a later split are dropped."""
+    embargo: Annotated[float, Ge(0)] = 0.0
+    """Time left empty between two splits, beside the horizon."""
+    folds: Annotated[int, Ge(2)] = 5
+    """Test blocks, one after the other, of walking forward."""
+    fold: Annotated[int, Ge(0)] = 0
+    """Which of them is the test."""
+    window: Window = Window.expanding
+    """Train on everything before the test block, or on the latest `train_rows` of it."""
+    train_rows: Annotated[int, Ge(1)] | None = None
+    """Of a rolling window."""
+    disjoint: bool = False
+    """Also drop training rows of entities that occur in a later split, where it goes by time."""
+
+    def __post_init__(self) -> None:
+        for name in ("valid", "test"):
+            value = getattr(self, name)
+            if value >= 1 and value != int(value):
+                raise ConfigError(f"split.{name}: got {value}, expected a share below 1 or a whole number")
+        if self.fold >= self.folds:
+            raise ConfigError(f"split.fold: got {self.fold}, expected below split.folds = {self.folds}")
+        if self.window is Window.rolling and self.train_rows is None:
+            raise ConfigError("split.train_rows: got null, expected a number of rows beside split.window=rolling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentSpec:
+    """Random changes of training rows, drawn from (seed, epoch, row), so that a resumed run draws the same."""
+
+    jitter: Annotated[float, Ge(0)] = 0.0
+    """Standard deviation of noise added to frames, in deviations of the channel."""
+    scale: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Frames of a row are multiplied by 1 +- this at most."""
+    time_masks: Annotated[int, Ge(0), Le(16)] = 0
+    """Spans of a row that are blanked: frames become the mean, symbols unknown."""
+    time_mask_share: Annotated[float, Gt(0), Le(1)] = 0.1
+    """Longest such span, as a share of the row."""
+    channel_masks: Annotated[int, Ge(0), Le(16)] = 0
+    """Spans of channels that are blanked over the whole row."""
+    channel_mask_share: Annotated[float, Gt(0), Le(1)] = 0.1
+    """Widest such span, as a share of the channels."""
+    warp: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """The middle of a row moves by this share of its length at most; the length stays."""
+    crop: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of a row cut off at its ends, at most."""
+    drop: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Probability of each frame to be left out; one at least stays."""
+
+    @property
+    def shortens(self) -> bool:
+        """Whether rows may lose frames."""
+        return self.crop > 0 or self.drop > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchSpec:
     """How sequences share a forward pass. Slots = rows x longest row, padding included."""
 
-    slots: Annotated[int, Ge(1)] = 4096
-    """Hard limit of slots in one microbatch (one lane of one round)."""
+    max_slots: Annotated[str, MinLen(1)] = "4096"
+    """Hard limit of one microbatch (one lane of one round), such as 8192 or 8k; `auto` finds the device's largest."""
+    budget: Budget = Budget.slots
+    """What the limit counts: padded slots, or real frames, which is what cells cost that read packed rows."""
     max_rows: Annotated[int, Ge(1)] = 4096
     """Most sequences in one microbatch."""
     lanes: Annotated[int, Ge(1), Le(4096)] | None = None
@@ -262,6 +458,38 @@ class BatchSpec:
     """Rounds, each from another length zone, whose gradients make one update."""
     noise: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Relative noise on lengths before sorting, so that no epoch has the batches of another."""
+    multiple_of: Annotated[int, Ge(1), Le(4096)] = 1
+    """Pad to a multiple of so many time steps: fewer distinct shapes, for compiled graphs."""
+    long_rows: LongRows = LongRows.refuse
+    """A row above the limit: refused before anything runs, or read in chunks that carry the state."""
+    class_balance: Annotated[float, Ge(0), Le(1)] = 0.0
+    """How far rare labels are repeated: 0 not at all, 1 until all labels occur alike; by powers between."""
+    max_repeats: Annotated[int, Ge(1)] = 20
+    """Most times that a row stands in one epoch because its label is rare."""
+
+    def __post_init__(self) -> None:
+        try:
+            is_sound = self.is_auto or self.slots >= 1
+        except ConfigError:
+            is_sound = False
+        if not is_sound:
+            raise ConfigError(f"batch.max_slots: got {self.max_slots!r}, expected a count such as 8192 or 8k, or auto")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the limit is found on the device."""
+        return self.max_slots == "auto"
+
+    @property
+    def slots(self) -> int:
+        """The limit as a number.
+
+        Raises:
+            ConfigError: it is `auto`, or no quantity.
+        """
+        if self.is_auto:
+            raise ConfigError("batch.max_slots: got auto, expected a number here", hint="batch.max_slots=4096")
+        return parse_count(self.max_slots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,6 +650,9 @@ class JobSpec:
     task: TaskSpec
     model: ModelSpec
     data: DataSpec
+    columns: ColumnsSpec = ColumnsSpec()
+    split: SplitSpec = SplitSpec()
+    augment: AugmentSpec = AugmentSpec()
     batch: BatchSpec = BatchSpec()
     optim: OptimSpec
     precision: PrecisionSpec = PrecisionSpec()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from treadle.errors import ConfigError, did_you_mean
 
-__all__ = ["conf_folder", "find_job", "list_groups", "list_jobs", "list_options", "short_path"]
+__all__ = ["conf_folder", "find_job", "is_job", "list_groups", "list_jobs", "list_options", "short_path"]
 
 _JOB_FILE = "job.yaml"
 
@@ -66,6 +66,14 @@ def find_job(job: str) -> Path:
         f"job: got {job!r}, expected one of {known}, or a folder that holds {_JOB_FILE}{did_you_mean(job, jobs)}",
         hint=f"a new job is a folder jobs/NAME with a {_JOB_FILE}: copy one of {_shared_folder('jobs')}",
         problems=[{"key": "job", "got": repr(job), "expected": f"one of {known}"}],
+    )
+
+
+def is_job(job: str) -> bool:
+    """Whether `find_job` finds it."""
+    path = Path(job).expanduser()
+    return bool(job) and (
+        job in list_jobs() or (path / _JOB_FILE).is_file() or (path.name == _JOB_FILE and path.is_file())
     )
 
 

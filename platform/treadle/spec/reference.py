@@ -34,7 +34,9 @@ option is switched, and the command line has the last word.
 | set a key | `model.hidden_size=64` |
 | choose an option | `model=minlstm`, in job.yaml `- override /model: minlstm` |
 | set to nothing | `optim.clip_norm=null` |
-| refer to another key | `data.seed='${train.seed}'` |
+| set a list | `columns.inputs='[hr, spo2]'` |
+| set one item of a mapping | `columns.lower.hr=0` |
+| refer to another key | `split.seed='${train.seed}'` |
 | give text with a comma, space or = | `'summary="a, b"'` |
 
 Keys that do not exist, values out of range, lookups of the environment and sweeps are refused,

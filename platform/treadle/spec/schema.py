@@ -28,7 +28,15 @@ from treadle.spec.job import JobSpec
 
 __all__ = ["SECRET", "FieldDoc", "fields_of", "job_keys", "show", "suggest_key", "variants_of"]
 
-_NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+_NOUNS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+}
+_ITEMS = {int: "whole numbers", float: "numbers", str: "text"}
 _TYPES = {bool: "bool", int: "int", float: "float", str: "text", dict: "mapping", tuple: "list", list: "list"}
 _RULES: dict[type, tuple[str, Callable[[Any, Any], bool]]] = {
     Ge: ("ge", lambda value, bound: value >= bound),
@@ -45,10 +53,24 @@ SECRET = re.compile(
     r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bwandb_v1_\w+|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
 )
 
-# What people who come from elsewhere write, by last component.
+# What people who come from elsewhere, or from before, write: whole keys, then last components.
 _SYNONYMS = {
+    "data.seed": "split.seed",
     "learning_rate": "optim.lr",
-    "batch_size": "batch.slots",
+    "batch_size": "batch.max_slots",
+    "slots": "batch.max_slots",
+    "max_tokens": "batch.max_slots",
+    "valid": "split.valid",
+    "validation": "split.valid",
+    "test": "split.test",
+    "test_size": "split.test",
+    "gap": "split.embargo",
+    "n_splits": "split.folds",
+    "features": "columns.inputs",
+    "channels": "columns.inputs",
+    "vocabulary": "columns.symbols",
+    "class_weight": "task.class_weights",
+    "oversample": "batch.class_balance",
     "wd": "optim.weight_decay",
     "gradient_clip": "optim.clip_norm",
     "grad_clip": "optim.clip_norm",
@@ -113,15 +135,17 @@ class FieldDoc:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values of an enumeration, else ()."""
-        return tuple(m.value for m in self.value_type) if issubclass(self.value_type, enum.Enum) else ()
+        """The values of an enumeration, or of a list of them, else ()."""
+        kind = self.item_type or self.value_type
+        return tuple(member.value for member in kind) if issubclass(kind, enum.Enum) else ()
 
     @property
     def type(self) -> str:
         """Short name of the type: `int`, `float or null`, `bool`."""
-        name = "choice" if self.choices else _TYPES.get(self.value_type, self.value_type.__name__)
         if self.item_type is not None:
-            name += f" of {_TYPES[self.item_type]}"
+            item = "choice" if self.choices else _TYPES[self.item_type]
+            return f"{_TYPES[self.value_type]} of {item}" + (" or null" if self.optional else "")
+        name = "choice" if self.choices else _TYPES.get(self.value_type, self.value_type.__name__)
         return name + (" or null" if self.optional else "")
 
     @property
@@ -136,9 +160,10 @@ class FieldDoc:
         """What a value must be, as it reads after "expected "."""
         if self.is_node:
             return "a mapping of keys"
-        text = f"one of {self.range}" if self.choices else _NOUNS.get(self.value_type, self.type)
         if self.item_type is not None:
-            text += f" of {_NOUNS[self.item_type]}"
+            text = f"{_NOUNS[self.value_type]} of {self.range if self.choices else _ITEMS[self.item_type]}"
+        else:
+            text = f"one of {self.range}" if self.choices else _NOUNS.get(self.value_type, self.type)
         if MinLen in map(type, self.bounds):
             text = f"{text} that is not empty"
         elif self.bounds:
@@ -149,7 +174,8 @@ class FieldDoc:
         """Whether a value of the right type is within the bounds; infinities and NaN never are."""
         if value is None:
             return self.optional
-        if isinstance(value, float) and not math.isfinite(value):
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+        if any(isinstance(item, float) and not math.isfinite(item) for item in items):
             return False
         return all(_RULES[type(b)][1](value, _bound(b)) for b in self.bounds)
 
@@ -251,8 +277,9 @@ def suggest_key(key: str, known: Iterable[str]) -> str:
     group = key.split(".", 1)[0]
     if tail in {"kind", "name", "type", "cell"} and f"{group}.{tail}" not in options and group in options:
         return f" - did you mean '{group}=OPTION'?"
-    if _SYNONYMS.get(tail) in options:
-        return f" - did you mean '{_SYNONYMS[tail]}'?"
+    meant = _SYNONYMS.get(key.lower(), _SYNONYMS.get(tail))
+    if meant in options:
+        return f" - did you mean '{meant}'?"
     if "." not in key and (top := {o for o in options if "." not in o}) and did_you_mean(key, top, at_least=0.72):
         return did_you_mean(key, top)
     return did_you_mean(key, options)

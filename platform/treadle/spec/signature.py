@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-__all__ = ["InputKind", "Signature"]
+__all__ = ["InputKind", "Signature", "TargetKind"]
 
 
 class InputKind(enum.Enum):
@@ -13,6 +13,14 @@ class InputKind(enum.Enum):
 
     tokens = "tokens"
     frames = "frames"
+
+
+class TargetKind(enum.Enum):
+    """What a target is made of."""
+
+    none = "none"
+    labels = "labels"
+    values = "values"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from treadle import wire
 from treadle.errors import ConfigError
-from treadle.spec import GruSpec, JobSpec, LstmSpec, MinGruSpec, MinLstmSpec, SgdSpec
+from treadle.spec import AugmentSpec, GruSpec, JobSpec, Leak, LstmSpec, MinGruSpec, MinLstmSpec, SgdSpec, SplitBy
 from treadle.spec.compose import compose_job
 from treadle.spec.places import conf_folder, find_job, list_groups, list_options
 
@@ -54,7 +54,8 @@ def test_g2p_is_as_written() -> None:
     spec = make("g2p")
     assert type(spec.model) is LstmSpec
     assert (spec.model.hidden_size, spec.model.bidirectional, spec.optim.lr) == (96, True, 4e-3)
-    assert (spec.data.test, spec.data.valid, spec.data.max_length) == (12000, 2000, 64)
+    assert (spec.split.test, spec.split.valid, spec.data.max_length) == (12000, 2000, 64)
+    assert (spec.batch.max_slots, spec.batch.slots) == ("512", 512)
     assert spec.store.uri == STORE
 
 
@@ -70,7 +71,7 @@ def test_vowels_keeps_file_names_with_dots() -> None:
     [
         [],
         ["model=mingru", "optim=sgd", "optim.lr=0.1", "cluster=inline", "store.uri=s3://bucket/prefix"],
-        ["data.seed=${train.seed}", "train.seed=3", "train={epochs: 3}", "++batch.lanes=null", 'summary="a, b"'],
+        ["split.seed=${train.seed}", "train.seed=3", "train={epochs: 3}", "++batch.lanes=null", 'summary="a, b"'],
     ],
 )
 def test_result_equals_hydras_own(overrides: list[str]) -> None:
@@ -94,6 +95,73 @@ def test_every_option_composes_and_survives_the_wire(job: str) -> None:
         assert again == spec
         assert [type(v) for v in vars(again).values()] == [type(v) for v in vars(spec).values()]
         assert again.digest == spec.digest
+
+
+@pytest.mark.parametrize(
+    ("written", "slots"), [("8k", 8000), ("8192", 8192), ("1.5k", 1500), ("1e3", 1000), ("'2 k'", 2000)]
+)
+def test_slots_are_a_quantity(written: str, slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make("g2p", f"batch.max_slots={written}").batch.slots == slots
+    monkeypatch.chdir(tmp_path)
+    write_job(tmp_path, "quantity", f"batch: {{max_slots: {written}}}\n")
+    assert make("quantity").batch.slots == slots
+
+
+def test_slots_may_be_left_to_the_device() -> None:
+    batch = make("g2p", "batch=auto", "batch.max_slots=auto").batch
+    assert batch.is_auto
+    with pytest.raises(ConfigError, match=r"^batch\.max_slots: got auto, expected a number here"):
+        _ = batch.slots
+
+
+@pytest.mark.parametrize("written", ["lots", "0", "8.5", "-3", "8q"])
+def test_slots_that_are_no_quantity(written: str) -> None:
+    assert refusal("g2p", f"batch.max_slots={written}") == (
+        f"batch.max_slots: got '{written}', expected a count such as 8192 or 8k, or auto (argument 1)"
+    )
+
+
+def test_lists_and_mappings_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_job(
+        tmp_path,
+        "listed",
+        "  allow_leaks: [entity, window]\n"
+        "columns: {inputs: [hr, spo2], lower: {hr: 0}, target: [died], symbols: [1, x]}\n"
+        "split: {by: time, horizon: 30, test: 0.2}\n",
+    )
+    spec = make("listed", "columns.lower.spo2=0.5", "data.allow_leaks=[content]")
+    assert spec.data.allow_leaks == [Leak.content]
+    assert make("listed").data.allow_leaks == [Leak.entity, Leak.window]
+    assert spec.columns.inputs == ["hr", "spo2"]
+    assert spec.columns.symbols == ["1", "x"]
+    assert spec.columns.lower == {"hr": 0.0, "spo2": 0.5}
+    assert (spec.split.by, spec.split.horizon, spec.split.test) == (SplitBy.time, 30.0, 0.2)
+
+
+def test_one_text_where_a_list_is_asked() -> None:
+    assert "- did you mean [text]?" in refusal("g2p", "columns.inputs=text")
+    assert "- did you mean columns.inputs=[a,b]?" in refusal("g2p", "columns.inputs=a,b")
+    assert "- did you mean 'entity'?" in refusal("g2p", "data.allow_leaks=[window,entitty]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["split.valid=1.5"], "split.valid: got 1.5, expected a share below 1 or a whole number (argument 1)"),
+        (["split=walk_forward", "split.fold=5"], "split.fold: got 5, expected below split.folds = 5 (argument 2)"),
+        (["split.window=rolling"], "split.train_rows: got null, expected a number of rows beside split.window=rolling"),
+    ],
+)
+def test_rules_of_a_split(overrides: list[str], words: str) -> None:
+    assert refusal("g2p", *overrides) == words
+
+
+def test_options_of_split_and_augmentation() -> None:
+    spec = make("g2p", "split=walk_forward", "augment=specaugment")
+    assert (spec.split.by, spec.split.folds, spec.split.valid) == (SplitBy.walk_forward, 5, 2000)
+    assert (spec.augment.time_masks, spec.augment.channel_masks, spec.augment.shortens) == (2, 2, False)
+    assert make("g2p").augment == AugmentSpec()
 
 
 def test_a_switch_keeps_the_jobs_values() -> None:
@@ -189,9 +257,10 @@ def test_a_broken_file_still_has_its_overrides_checked(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("batch.slots='${batch.slots}'", "Recursive interpolation"),
-        ("batch.slots='${data.name}'", "batch.slots: got '${data.name}'"),
-        ("optim.lr='${batch.slots}'", "optim.lr: got 512.0, expected a number > 0 and <= 100"),
+        ("batch.max_rows='${batch.max_rows}'", "Recursive interpolation"),
+        ("batch.max_rows='${data.name}'", "batch.max_rows: got '${data.name}'"),
+        ("batch.max_slots='${data.name}'", "batch.max_slots: got 'g2p', expected a count such as 8192 or 8k, or auto"),
+        ("optim.lr='${batch.max_rows}'", "optim.lr: got 4096.0, expected a number > 0 and <= 100"),
         ("data.sha256='${data.name}'", "data.sha256: got '${data.name}', expected a mapping of text"),
         ("data.name=???", "data.name: got 'data.name=???', expected a value"),
     ],

@@ -117,7 +117,7 @@ def test_values_are_shown_short_and_without_secrets() -> None:
     [
         ("hidden", job_keys(), ("model.hidden_size",)),
         ("optm.lr", job_keys(), ("optim.lr",)),
-        ("seed", job_keys(), ("data.seed", "train.seed")),
+        ("seed", job_keys(), ("split.seed", "train.seed")),
         ("train.sede", job_keys(), ("train.seed",)),
         ("GRU", ["gru", "lstm"], ("gru",)),
         ("min-gru", ["gru", "mingru"], ("mingru",)),
@@ -132,7 +132,7 @@ def test_nearest(word: str, known: Any, expected: tuple[str, ...]) -> None:
 
 def test_did_you_mean_reads_as_a_question() -> None:
     assert did_you_mean("lstn", ["lstm"]) == " - did you mean 'lstm'?"
-    assert did_you_mean("seed", job_keys()) == " - did you mean 'data.seed' or 'train.seed'?"
+    assert did_you_mean("seed", job_keys()) == " - did you mean 'split.seed' or 'train.seed'?"
     assert did_you_mean("zebra", ["lstm"]) == ""
     assert suggest_key("optimizer.learning_rate", job_keys()) == " - did you mean 'optim.lr'?"
 

@@ -33,13 +33,28 @@ ARGUMENTS = [
     ("optim.clip-norm=1", "optim.clip-norm", "optim.clip_norm"),
     ("optim.warmup=0.1", "optim.warmup", "optim.warmup_share"),
     ("+train={epoch: 3}", "train.epoch", "train.epochs"),
-    ("+batch={slot: 3}", "batch.slot", "batch.slots"),
-    ("batch_size=64", "batch_size", "batch.slots"),
-    ("data.batch_size=64", "data.batch_size", "batch.slots"),
+    ("+batch={max_slot: 3}", "batch.max_slot", "batch.max_slots"),
+    ("batch_size=64", "batch_size", "batch.max_slots"),
+    ("data.batch_size=64", "data.batch_size", "batch.max_slots"),
+    # keys of earlier versions
+    ("batch.slots=512", "batch.slots", "batch.max_slots"),
+    ("data.valid=0.1", "data.valid", "split.valid"),
+    ("data.test=500", "data.test", "split.test"),
+    ("data.seed=3", "data.seed", "split.seed"),
     ("batch.max_row=3", "batch.max_row", "batch.max_rows"),
     ("data.lanes=3", "data.lanes", "batch.lanes"),
     ("data.max_len=3", "data.max_len", "data.max_length"),
-    ("data.validation=3", "data.validation", "data.valid"),
+    ("data.validation=3", "data.validation", "split.valid"),
+    ("split.validate=3", "split.validate", "split.valid"),
+    ("split.n_splits=3", "split.n_splits", "split.folds"),
+    ("splits.by=time", "splits.by", "split.by"),
+    ("columns.input=[a]", "columns.input", "columns.inputs"),
+    ("columns.features=[a]", "columns.features", "columns.inputs"),
+    ("column.entity=a", "column.entity", "columns.entity"),
+    ("columns.targets=[a]", "columns.targets", "columns.target"),
+    ("augment.time_mask=1", "augment.time_mask", "augment.time_masks"),
+    ("augmentation.jitter=1", "augmentation.jitter", "augment.jitter"),
+    ("data.on_bad_rows=fail", "data.on_bad_rows", "data.on_bad_row"),
     ("chekpoint.every=30s", "chekpoint.every", "checkpoint.every"),
     ("checkpoint.keep=3", "checkpoint.keep", "checkpoint.keep_last"),
     ("train.max_epochs=3", "train.max_epochs", "train.epochs"),
@@ -57,6 +72,10 @@ ARGUMENTS = [
     ("optim.schedule=cosin", "optim.schedule", "cosine"),
     ("track.wandb=of", "track.wandb", "offline"),
     ("precision.mode=bfloat16", "precision.mode", "bf16"),
+    ("split.by=walk-forward", "split.by", "walk_forward"),
+    ("data.on_bad_row=quarantin", "data.on_bad_row", "quarantine"),
+    ("columns.target_per=frames", "columns.target_per", "frame"),
+    ("data.allow_leaks=[entity,contents]", "data.allow_leaks", "content"),
     # types and ranges
     ("model.hidden_size=abc", "model.hidden_size", ""),
     ("model.embedding_size=1.5", "model.embedding_size", ""),
@@ -72,7 +91,14 @@ ARGUMENTS = [
     ("optim.weight_decay=inf", "optim.weight_decay", ""),
     ("optim.final_lr_share=nan", "optim.final_lr_share", ""),
     ("optim.beta1=null", "optim.beta1", ""),
-    ("batch.slots=0", "batch.slots", ""),
+    ("batch.max_slots=lots", "batch.max_slots", ""),
+    ("columns.symbols=a", "columns.symbols", ""),
+    ("columns.labels=[a,true]", "columns.labels", ""),
+    ("columns.lower={hr: low}", "columns.lower", ""),
+    ("columns.upper.hr=inf", "columns.upper", ""),
+    ("split.train_rows=0", "split.train_rows", ""),
+    ("split.fold=5", "split.fold", "split.folds = 5"),
+    ("augment.scale=1", "augment.scale", ""),
     ("serve.port=70000", "serve.port", ""),
     ("data.sha256=[a]", "data.sha256", ""),
     ("train.epochs={a: 1}", "train.epochs", ""),
@@ -107,8 +133,8 @@ ARGUMENTS = [
     ("+data.sha256={_target_: x}", "data.sha256._target_", ""),
     ("data.max_length=${oc.env:HOME}", "data.max_length", ""),
     ("track.project='${oc.env:SECRET,x}'", "track.project", ""),
-    ("data.test='${data.${name}}'", "data.test", ""),
-    ("data.valid='${data.tset}'", "data.valid", "data.test"),
+    ("split.test='${data.${name}}'", "split.test", ""),
+    ("split.valid='${split.tset}'", "split.valid", "split.test"),
     ("hydra.run.dir=x", "hydra.run.dir", ""),
     ("hydra/launcher=joblib", "hydra/launcher", ""),
     ("+hydra.verbose=true", "hydra.verbose", ""),
@@ -131,6 +157,11 @@ SWITCHES = [
     ("serve=local", "serve", ""),
     ("data=al", "data", "all"),
     ("checkpoint=steadi", "checkpoint", "steady"),
+    ("split=strat", "split", "stratified"),
+    ("split=random", "split", ""),
+    ("augment=spec_augment", "augment", "specaugment"),
+    ("augment=off", "augment", ""),
+    ("batch=automatic", "batch", "auto"),
     ("model=null", "model", ""),
     ("optim=[adamw,sgd]", "optim", ""),
 ]
@@ -163,7 +194,7 @@ optim:
 data:
   name: typo
   source: ${oc.env:HOME}
-  valid: ${data.tset}
+  valid: 100
   sha256: {a.b: {c: d}}
   sede: 1
 hydra: {run: {dir: x}}
@@ -176,6 +207,14 @@ serve:
   max_body: 1XB
 store:
   uri: s3://user:hunter2@host/bucket
+split:
+  valid: ${split.tset}
+  by: tme
+columns:
+  inputs: hr
+  lower: {hr: none}
+  labels: [yes, no]
+augment: light
 """
 
 # Line, key, suggestion.
@@ -198,9 +237,9 @@ LINES = [
     (23, "optim.betas.one", "optim.beta"),
     (24, "optim.weight_decay", ""),
     (27, "data.source", ""),
-    (28, "data.valid", "data.test"),
+    (28, "data.valid", "split.valid"),
     (29, "data.sha256", ""),
-    (30, "data.sede", "data.seed"),
+    (30, "data.sede", ""),
     (31, "hydra.run.dir", ""),
     (32, "chekpoint.every", "checkpoint.every"),
     (34, "track.wandb", ""),
@@ -208,6 +247,12 @@ LINES = [
     (37, "serve.port", ""),
     (38, "serve.max_body", ""),
     (40, "store.uri", ""),
+    (42, "split.valid", "split.test"),
+    (43, "split.by", "time"),
+    (45, "columns.inputs", ""),
+    (46, "columns.lower", ""),
+    (47, "columns.labels", ""),
+    (48, "augment", "light"),
 ]
 
 
@@ -244,6 +289,20 @@ def test_every_mistaken_argument_is_caught_in_one_run() -> None:
     assert len(expected) >= 60
     assert [m for m in missed if not m.startswith("suggestion")] == []
     assert wrong <= 0.1 * suggestions, missed
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("batch.slots", "batch.max_slots"),
+        ("data.valid", "split.valid"),
+        ("data.test", "split.test"),
+        ("data.seed", "split.seed"),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_refused_with_the_new_one(old: str, new: str) -> None:
+    message, _ = _problems("g2p", [f"{old}=3"])
+    assert message == (f"{old}: got an unknown key, expected a key of the job (argument 1) - did you mean '{new}'?")
 
 
 def test_a_right_argument_among_wrong_ones_is_not_blamed() -> None:
