@@ -13,13 +13,16 @@ from treadle.plan import Capacity, DataCard, Plan, SplitCard, count_parameters, 
 from treadle.spec import (
     AdamWSpec,
     BatchSpec,
+    Budget,
     ClassifySpec,
+    ClassWeights,
     ClusterSpec,
     CtcSpec,
     DataSpec,
     GruSpec,
     InputKind,
     JobSpec,
+    LongRows,
     LstmSpec,
     MinGruSpec,
     MinLstmSpec,
@@ -28,6 +31,8 @@ from treadle.spec import (
     RnnSpec,
     Signature,
     StoreSpec,
+    TargetKind,
+    TargetPer,
 )
 
 TOKENS = Signature(input_kind=InputKind.tokens, input_size=30, num_labels=39, max_length=64)
@@ -41,26 +46,57 @@ def job(**changes) -> JobSpec:
         task=CtcSpec(frames_per_step=2),
         model=LstmSpec(hidden_size=16),
         data=DataSpec(name="toy"),
-        batch=BatchSpec(slots=64),
+        batch=BatchSpec(max_slots="64"),
         optim=AdamWSpec(),
         store=StoreSpec(uri="/nowhere"),
     )
     return dataclasses.replace(spec, **changes)
 
 
-def card(lengths=(3, 4, 5, 6), label_frames=(2, 9, 3, 12), split="train") -> DataCard:
+def card(
+    lengths=(3, 4, 5, 6),
+    label_frames=(2, 9, 3, 12),
+    *,
+    labels=None,
+    weights=None,
+    split="train",
+    target=TargetKind.labels,
+    per=TargetPer.sequence,
+) -> DataCard:
+    num = len(lengths)
     rows = SplitCard(
         lengths_N=np.array(lengths, np.int64),
-        label_frames_N=np.array(label_frames, np.int64),
-        num_entities=len(lengths),
+        label_frames_N=np.array(label_frames, np.int64) if len(label_frames) == num else np.zeros(num, np.int64),
+        labels_N=np.full(num, -1) if labels is None else np.array(labels),
+        weights_N=np.ones(num, np.float32) if weights is None else np.array(weights, np.float32),
+        num_entities=num,
     )
-    return DataCard(name="toy", digest="d", signature=TOKENS, splits={split: rows})
+    return DataCard(name="toy", digest="d", signature=TOKENS, target=target, target_per=per, splits={split: rows})
+
+
+def labelled(labels, lengths=None, **more) -> DataCard:
+    return card(lengths or [4] * len(labels), (), labels=labels, per=TargetPer.row, **more)
+
+
+CLASSIFY = dict(task=ClassifySpec())
+REFERENCE = np.clip(np.exp(np.random.default_rng(0).normal(4.1, 0.98, 20_000)), 1, 2000).astype(int)
 
 
 def test_targets_that_have_no_alignment_are_left_out_and_said():
     plan = make_plan(job(), card(), ROOMY)
     assert (plan.train_rows, plan.dropped_rows) == (3, 1)
     assert any("1 training rows" in line for line in plan.warnings)
+
+
+def test_rows_without_weight_are_left_out():
+    plan = make_plan(job(**CLASSIFY), labelled([0, 1, 0], weights=[1, 0, 0.5]), ROOMY)
+    assert (plan.train_rows, plan.dropped_rows) == (2, 1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1])
+def test_a_weight_that_counts_nothing_sensible_is_refused(bad):
+    with pytest.raises(DataError, match=r"data\.toy: got weight .* of row 1"):
+        make_plan(job(**CLASSIFY), labelled([0, 1, 0], weights=[1, bad, 1]), ROOMY)
 
 
 def test_a_plan_survives_the_wire():
@@ -71,7 +107,102 @@ def test_a_plan_survives_the_wire():
 def test_lanes_default_to_the_workers_and_may_not_be_fewer():
     assert make_plan(job(cluster=ClusterSpec(workers=3)), card(), ROOMY).lanes == 3
     with pytest.raises(ConfigError, match=r"batch\.lanes: got 1, expected at least cluster\.workers = 2"):
-        make_plan(job(batch=BatchSpec(slots=64, lanes=1)), card(), ROOMY)
+        make_plan(job(batch=BatchSpec(max_slots="64", lanes=1)), card(), ROOMY)
+
+
+def test_a_rank_without_a_row_is_refused_and_a_lane_without_one_is_said():
+    with pytest.raises(ConfigError, match=r"cluster\.workers: got 4, expected at most 3") as refused:
+        make_plan(job(cluster=ClusterSpec(workers=4)), card(), ROOMY)
+    assert refused.value.hint == "cluster.workers=3"
+    plan = make_plan(job(batch=BatchSpec(max_slots="64", lanes=8)), card(), ROOMY)
+    assert any("8 lanes for 3 rows" in line for line in plan.warnings)
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "words", "hint"),
+    [
+        (CtcSpec(), labelled([0, 1]), "got ctc on data toy, which have labels per row, expected labels per sequence",
+         "task=classify"),
+        (ClassifySpec(), card(), "got classify on data toy, which have labels per sequence, expected labels per row",
+         "task=ctc"),
+        (ClassifySpec(), card(target=TargetKind.values, per=TargetPer.row), "have values per row", "another data"),
+        (ClassifySpec(), card(target=TargetKind.none, per=TargetPer.row), "have no targets", "another data"),
+    ],
+)  # fmt: skip
+def test_a_task_that_wants_other_targets_is_refused(task, data, words, hint):
+    with pytest.raises(ConfigError, match=words) as refused:
+        make_plan(job(task=task), data, ROOMY)
+    assert hint in refused.value.hint
+
+
+def test_rare_labels_are_repeated():
+    data = labelled([0] * 90 + [1] * 10)
+    plain, balanced = (
+        make_plan(job(batch=BatchSpec(max_slots="64", class_balance=power), **CLASSIFY), data, ROOMY)
+        for power in (0.0, 1.0)
+    )
+    assert (plain.batches.entries, balanced.batches.entries) == (100, 180)
+    assert balanced.train_rows == 100
+    assert balanced.rows_per_update > 0.9 * 180 / balanced.updates_per_epoch
+    with pytest.raises(ConfigError, match=r"batch\.class_balance: got 1, expected 0"):
+        make_plan(job(batch=BatchSpec(max_slots="64", class_balance=1.0)), card(), ROOMY)
+    twice = job(batch=BatchSpec(class_balance=1.0), task=ClassifySpec(class_weights=ClassWeights.balanced))
+    assert any("both make rare labels count more" in line for line in make_plan(twice, data, ROOMY).warnings)
+
+
+def test_a_plan_says_what_its_batches_cost():
+    plan = make_plan(
+        job(batch=BatchSpec(max_slots="2k"), **CLASSIFY), labelled([0] * 20_000, REFERENCE.tolist()), ROOMY
+    )
+    assert (plan.max_slots, plan.slots_found) == (2000, "given")
+    assert plan.batches.ranks == plan.world == 2
+    assert (plan.fill, plan.worst_slots) == (plan.batches.fill, plan.batches.worst_over_budget * 2000)
+    assert plan.batches.pad < 0.06
+    assert not plan.warnings
+
+
+def auto(memory_bytes, lengths=REFERENCE, **more):
+    spec = job(batch=BatchSpec(max_slots="auto", **more), **CLASSIFY)
+    capacity = dataclasses.replace(ROOMY, memory_bytes=memory_bytes)
+    return make_plan(spec, labelled([0] * len(lengths), [int(n) for n in lengths]), capacity)
+
+
+def test_slots_are_estimated_from_memory_and_rounds():
+    tight, roomy, unknown = auto(40 << 20), auto(64 << 30), auto(0)
+    assert {plan.slots_found for plan in (tight, roomy, unknown)} == {"estimated"}
+    assert tight.max_slots < roomy.max_slots
+    assert tight.worker_bytes <= 20 << 20
+    assert roomy.max_slots & (roomy.max_slots - 1) == 0
+    assert 80 <= roomy.batches.rounds < 170
+    assert unknown.max_slots == 4096
+    assert auto(64 << 30, lanes=8).max_slots == roomy.max_slots // 4
+
+
+def test_estimated_slots_hold_the_longest_row_unless_it_may_be_cut():
+    lengths = [5] * 50 + [3001]
+    assert auto(0, lengths).max_slots == 3001
+    assert auto(0, lengths, multiple_of=8).max_slots == 3008
+    plan = auto(0, lengths, long_rows=LongRows.chunk)
+    assert (plan.max_slots, plan.batches.long_rounds) == (256, 1)
+
+
+def test_few_rounds_are_said_with_what_helps():
+    data = labelled([0] * len(REFERENCE), np.minimum(REFERENCE, 300).tolist())
+    spec = job(batch=BatchSpec(max_slots="16k", lanes=8), **CLASSIFY)
+    (warning,) = make_plan(spec, data, ROOMY).warnings
+    assert "rounds an epoch over 8 lanes" in warning
+    slots = warning.split("batch.max_slots=")[1].split(" ")[0]
+    better = make_plan(job(batch=BatchSpec(max_slots=slots, lanes=8), **CLASSIFY), data, ROOMY)
+    assert better.batches.rounds >= 80
+    assert not better.warnings
+    few = labelled([0] * 300, REFERENCE[:300].tolist())
+    assert any("fewer lanes" in line for line in make_plan(spec, few, ROOMY).warnings)
+    assert not make_plan(job(**CLASSIFY), labelled([0] * 50, [7] * 50), ROOMY).warnings  # few, and nothing is lost
+
+
+def test_padding_to_a_multiple_is_said_to_do_nothing_for_frames():
+    spec = job(batch=BatchSpec(max_slots="64", budget=Budget.frames, multiple_of=8), **CLASSIFY)
+    assert any("multiple_of does nothing" in line for line in make_plan(spec, labelled([0] * 50), ROOMY).warnings)
 
 
 @pytest.mark.parametrize(
