@@ -30,6 +30,7 @@ from treadle.nn.losses import (
     tag_loss_sum,
 )
 from treadle.nn.network import Network, build_network, count_parameters
+from treadle.nn.pieces import PieceReader
 from treadle.nn.pooling import AttentionPooling, segment_softmax
 from treadle.nn.rows import Rows, debug_checks
 from treadle.nn.scan import ScanBackend, scan_backends
@@ -61,6 +62,7 @@ __all__ = [
     "MinLSTM",
     "MissingValues",
     "Network",
+    "PieceReader",
     "RecurrentStack",
     "RegressionHead",
     "Rows",

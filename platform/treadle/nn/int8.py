@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from treadle import native
 from treadle.errors import ConfigError
-from treadle.nn import native
 from treadle.nn.cell import Cell, Reading, State
 from treadle.nn.rows import Rows
 
@@ -289,7 +289,7 @@ def _kernel() -> Any:
 
 @functools.cache
 def _found() -> tuple[Any, str]:
-    kernel, detail = native.find(native._folders(), native.COMPILERS, _SOURCE, _CHECK)  # noqa: SLF001
+    kernel, detail = native.find(native.folders(), native.COMPILERS, _SOURCE, _CHECK)
     if kernel is None:
         _logger.info("int8 layers run in plain torch: %s", detail)
         return None, detail

@@ -53,7 +53,13 @@ BLANK = 0
 """The CTC class that stands for no label."""
 
 
-def ctc_loss_sum(logits_BTK: Tensor, label_lengths_B: Lengths, targets: Tensor, target_lengths_B: Lengths) -> Tensor:
+def ctc_loss_sum(
+    logits_BTK: Tensor,
+    label_lengths_B: Lengths,
+    targets: Tensor,
+    target_lengths_B: Lengths,
+    weights_B: Tensor | None = None,
+) -> Tensor:
     """Negative log-likelihood of the targets, summed over rows, in fp32.
 
     Source: Graves et al. 2006.
@@ -63,6 +69,7 @@ def ctc_loss_sum(logits_BTK: Tensor, label_lengths_B: Lengths, targets: Tensor, 
         label_lengths_B: label frames of each row, on the CPU.
         targets: labels from 1, padded [B, U] or of all rows end to end [sum of target lengths].
         target_lengths_B: labels of each row, on the CPU.
+        weights_B: what each row counts; 1 where None.
 
     Returns:
         A scalar; infinite where a row has fewer label frames than labels and neighbouring repeats.
@@ -70,7 +77,10 @@ def ctc_loss_sum(logits_BTK: Tensor, label_lengths_B: Lengths, targets: Tensor, 
     # Sum, not torch's mean: that divides every row by its own target length first.
     log_probs_TBK = functional.log_softmax(_wide(logits_BTK), dim=-1).transpose(0, 1)
     frames_B, labels_B = _on_host(label_lengths_B), _on_host(target_lengths_B)
-    return functional.ctc_loss(log_probs_TBK, targets, frames_B, labels_B, blank=BLANK, reduction="sum")
+    if weights_B is None:
+        return functional.ctc_loss(log_probs_TBK, targets, frames_B, labels_B, blank=BLANK, reduction="sum")
+    losses_B = functional.ctc_loss(log_probs_TBK, targets, frames_B, labels_B, blank=BLANK, reduction="none")
+    return (losses_B * weights_B.to(losses_B)).sum()
 
 
 def ctc_greedy(logits_BTK: Tensor, label_lengths_B: Lengths) -> list[list[int]]:
@@ -85,9 +95,13 @@ def ctc_greedy(logits_BTK: Tensor, label_lengths_B: Lengths) -> list[list[int]]:
 
 
 def classify_loss_sum(
-    logits_BK: Tensor, targets_B: Tensor, label_smoothing: float = 0.0, class_weights_K: Tensor | None = None
+    logits_BK: Tensor,
+    targets_B: Tensor,
+    label_smoothing: float = 0.0,
+    class_weights_K: Tensor | None = None,
+    weights_B: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of the targets, each times the weight of its class, summed over rows.
+    """Cross-entropy of the targets, each times its weight and that of its class, summed over rows.
 
     Args:
         logits_BK: scores before the softmax.
@@ -97,6 +111,7 @@ def classify_loss_sum(
             smoothed share too (torch weighs that share by the class it falls on). Divide by the
             `class_weight_sum` of the whole update for a weighted mean; divided by the rows, rare classes with large
             weights raise the learning rate with them.
+        weights_B: what each row counts; 1 where None.
 
     Raises:
         ConfigError: shapes that do not fit, weights that are not K numbers from 0, a smoothing out of range.
@@ -105,10 +120,12 @@ def classify_loss_sum(
     check_classes("targets_B", targets_B, logits_BK.shape)
     _check_smoothing(label_smoothing)
     logits_BK = _wide(logits_BK)
-    if class_weights_K is None:
+    if class_weights_K is None and weights_B is None:
         return functional.cross_entropy(logits_BK, targets_B, reduction="sum", label_smoothing=label_smoothing)
     losses_B = functional.cross_entropy(logits_BK, targets_B, reduction="none", label_smoothing=label_smoothing)
-    return (losses_B * per_class("class_weights_K", class_weights_K, logits_BK)[targets_B]).sum()
+    if class_weights_K is not None:
+        losses_B = losses_B * per_class("class_weights_K", class_weights_K, logits_BK)[targets_B]
+    return (losses_B if weights_B is None else losses_B * weights_B.to(losses_B)).sum()
 
 
 def class_weight_sum(targets: Tensor, class_weights_K: Tensor) -> Tensor:

@@ -75,26 +75,45 @@ class Network(nn.Module):
         self.stack = stack
         self.head = head
 
-    def forward(self, x: Tensor, lengths: Lengths | None = None) -> Tensor:
+    @property
+    def packed(self) -> bool:
+        """Whether packed inputs are the form that costs least: nothing then lays them out anew."""
+        return self.stack.packed
+
+    def forward(self, x: Tensor, lengths: Lengths | None = None, packed: bool = False) -> Tensor:
         """Scores before the softmax: logits_BTK over label frames (CTC), logits_BK (classification).
 
         Args:
             x: tokens_BT (whole numbers; symbol 0 is a symbol like the others) or frames_BTD.
             lengths: frames of each row, as a CPU tensor or integers; None where all rows are full.
                 Padded slots may hold anything that is a legal input.
+            packed: x is tokens_N or frames_ND, the frames of all rows laid end to end. Any network takes both forms.
 
         Raises:
             DataError: an empty row; the message names its index.
+            ConfigError: lengths that do not fit.
         """
-        device, shape = x.device, (x.shape[0], x.shape[1])
-        rows = Rows.full(*shape, device) if lengths is None else Rows.of_lengths(lengths, device=device, padded=shape)
-        x_ND = self._embedded(rows.pack(x))
+        rows = self._rows(x, lengths, packed=packed)
+        x_ND = self._embedded(x if packed else rows.pack(x))
         if self.stack.packed:
             h_NH, _ = self.stack(x_ND, offsets=rows, final_state=False)
         else:
             h_BTH, _ = self.stack(rows.pad(x_ND), lengths=lengths, final_state=False)
             h_NH = rows.pack(h_BTH)
         return self.head.padded(h_NH, rows) if isinstance(self.head, CtcHead) else self.head(h_NH, rows)
+
+    def _rows(self, x: Tensor, lengths: Lengths | None, *, packed: bool) -> Rows:
+        if not packed:
+            shape = (x.shape[0], x.shape[1])
+            if lengths is None:
+                return Rows.full(*shape, x.device)
+            return Rows.of_lengths(lengths, device=x.device, padded=shape)
+        if lengths is None:
+            raise ConfigError("lengths: got none beside packed frames, expected those of each row")
+        rows = Rows.of_lengths(lengths, device=x.device)
+        if rows.num_frames != x.shape[0]:
+            raise ConfigError(f"lengths: got {rows.num_frames} frames in all, expected {x.shape[0]}")
+        return rows
 
     def _embedded(self, x_N: Tensor) -> Tensor:
         return x_N if self.embedding is None else self.dropout(self.embedding(x_N))

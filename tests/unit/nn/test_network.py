@@ -168,6 +168,26 @@ def test_seed_fixes_the_weights() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("model", MODELS + BLOCKS, ids=lambda model: model.kind)
+@pytest.mark.parametrize("signature", [TOKENS, FRAMES], ids=["tokens", "frames"])
+@pytest.mark.parametrize("task", [CtcSpec(frames_per_step=3), ClassifySpec(pooling=Pooling.attention)])
+def test_packed_frames_give_what_padded_ones_give(model: ModelSpec, signature: Signature, task: TaskSpec) -> None:
+    network = build_network(model, task, signature)
+    x = make_input(signature)
+    packed = torch.cat([x[i, :n] for i, n in enumerate(LENGTHS)])
+    wanted, got = network(x, LENGTHS), network(packed, torch.tensor(LENGTHS), packed=True)
+    assert torch.equal(got, wanted)
+    assert network.packed == network.stack.packed
+
+
+def test_packed_frames_need_lengths_that_fit() -> None:
+    network = build_network(MinGruSpec(**SIZES), CtcSpec(), TOKENS)
+    with pytest.raises(ConfigError, match="lengths: got none beside packed frames"):
+        network(torch.zeros(5, dtype=torch.int64), packed=True)
+    with pytest.raises(ConfigError, match="lengths: got 6 frames in all, expected 5"):
+        network(torch.zeros(5, dtype=torch.int64), [4, 2], packed=True)
+
+
 def test_refusals() -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class OtherModel(ModelSpec):
