@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +9,68 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Draft", "Frames", "Row", "Tokens", "assign_splits"]
+from treadle.spec import TargetPer
+
+__all__ = ["SPLITS", "Draft", "Frames", "Labels", "Row", "Tokens", "Values"]
 
 SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Inputs are symbols.
+
+    Args:
+        vocabulary: all symbols there may be; others break a rule. None: whatever occurs. Models know those that
+            training rows hold.
+    """
+
+    vocabulary: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    """Inputs are vectors of numbers, scaled for models by mean and deviation of the training rows.
+
+    Args:
+        channels: names of the numbers of a frame.
+        lower, upper: least and largest value by channel, where there is a limit.
+        missing: whether a value may be NaN: not observed.
+    """
+
+    channels: tuple[str, ...]
+    lower: Mapping[str, float] = field(default_factory=dict)
+    upper: Mapping[str, float] = field(default_factory=dict)
+    missing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Targets are labels.
+
+    Args:
+        names: all labels in the order of their ids; None: whatever occurs, sorted.
+        per: `row`: one. `frame`: one for each frame, None where there is none. `sequence`: any number but none (CTC).
+    """
+
+    names: tuple[str, ...] | None = None
+    per: TargetPer = TargetPer.row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """Targets are numbers.
+
+    Args:
+        names: of the numbers.
+        lower, upper: least and largest by name, where there is a limit.
+        per: `row`: a vector. `frame`: a vector for each frame, NaN where there is none.
+    """
+
+    names: tuple[str, ...]
+    lower: Mapping[str, float] = field(default_factory=dict)
+    upper: Mapping[str, float] = field(default_factory=dict)
+    per: TargetPer = TargetPer.row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,28 +80,27 @@ class Row:
     Args:
         entity: what must not stand in two splits: a word, a person, a recording.
         inputs: symbols (tokens), or a float array [T, channels] (frames).
-        target: labels; one for classification, any number for CTC.
+        target: a label, a list of labels, or an array of numbers, as the draft's `target` says; None without one.
+        group: what is split as one where that is more than the entity.
+        id: a key that no two rows share; all rows have one, or none.
+        times: when each frame was, never falling; for models that take gaps, and checked against `time`. All rows have
+            them, or none.
+        time: when the row is asked about; nothing in it may be later.
+        weight: what the row counts in the loss.
         split: "train", "valid" or "test" where the source says so, else None.
         where: file and line or key, for messages.
     """
 
     entity: str
     inputs: Sequence[str] | NDArray[np.floating[Any]]
-    target: Sequence[str]
+    target: Any = None
+    group: str | None = None
+    id: str | None = None
+    times: Sequence[float] | NDArray[np.floating[Any]] | None = None
+    time: float | None = None
+    weight: float = 1.0
     split: str | None = None
     where: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """Inputs are symbols; the vocabulary is fitted on the training rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frames:
-    """Inputs are vectors of numbers, scaled by mean and deviation of the training rows."""
-
-    channels: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,36 +108,15 @@ class Draft:
     """A data set before it is written.
 
     Args:
-        rows: read once, in any order.
+        rows: read once, in any order; a generator need never hold them all.
         inputs: Tokens or Frames.
-        labels: every label that a target may hold, in the order of their ids.
+        target: Labels, Values, or None where a model predicts the inputs themselves.
         licence: of the data, a line for people.
         source: file name -> sha256 of what was read.
     """
 
     rows: Iterable[Row]
     inputs: Tokens | Frames
-    labels: tuple[str, ...]
+    target: Labels | Values | None
     licence: str
     source: Mapping[str, str] = field(default_factory=dict)
-
-
-def assign_splits(entities: Iterable[str], *, valid: int, test: int, limit: int | None, seed: int) -> dict[str, str]:
-    """The split of each entity, by hash: the same entity lands in the same place on every machine.
-
-    Args:
-        valid, test: entities to set aside. limit: entities to keep at all, the rest are absent.
-
-    Raises:
-        ValueError: valid + test leave nothing to train on.
-    """
-
-    def key(entity: str) -> bytes:
-        return hashlib.blake2b(f"{seed}\0{entity}".encode(), digest_size=16).digest()
-
-    order = sorted(set(entities), key=key)[:limit]
-    if valid + test >= len(order):
-        raise ValueError(f"valid + test: got {valid} + {test}, expected fewer than the {len(order)} entities there are")
-    names = ["test"] * test + ["valid"] * valid
-    names += ["train"] * (len(order) - len(names))
-    return dict(zip(order, names, strict=True))

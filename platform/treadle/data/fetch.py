@@ -12,13 +12,15 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from treadle.errors import DataError, IntegrityError, TransientError
 from treadle.units import format_bytes
 
-__all__ = ["fetch"]
+__all__ = ["download", "fetch"]
 
 _TIMEOUT_S = 60
+_BLOCK_BYTES = 1 << 20
 
 
 def fetch(source: str | None, sha256: Mapping[str, str], *, max_bytes: int = 2 << 30) -> dict[str, bytes]:
@@ -82,20 +84,44 @@ def _member(archive: bytes, source: str, name: str, max_bytes: int) -> bytes:
 
 
 def _download(url: str, max_bytes: int) -> bytes:
+    sink = io.BytesIO()
+    _copy(url, sink, max_bytes)
+    return sink.getvalue()
+
+
+def download(url: str, path: Path, *, max_bytes: int = 64 << 30) -> None:
+    """Write what an http(s) URL gives to a file, block by block; `path` appears when it is whole.
+
+    Raises:
+        DataError: it is not there, or larger than `max_bytes`. TransientError: the URL could not be read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as sink:
+            _copy(url, sink, max_bytes)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _copy(url: str, sink: BinaryIO, max_bytes: int) -> None:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - scheme checked by the caller
-            data = answer.read(max_bytes + 1)
+            size = 0
+            while block := answer.read(min(_BLOCK_BYTES, max_bytes + 1 - size)):
+                size += len(block)
+                _check_size(url, size, max_bytes)
+                sink.write(block)
             # Reading a part does not notice a connection that ends early.
-            missing = int(answer.headers.get("Content-Length") or len(data)) - len(data)
+            missing = int(answer.headers.get("Content-Length") or size) - size
     except urllib.error.HTTPError as error:
         kind = TransientError if error.code in (408, 429) or error.code >= 500 else DataError
         raise kind(f"{url}: the server answers {error.code} {error.reason}") from None
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise TransientError(f"{url}: {error}", hint="download it elsewhere and give data.source=<folder>") from None
-    _check_size(url, len(data), max_bytes)
     if missing > 0:
         raise TransientError(f"{url}: the connection ended {missing} bytes early")
-    return data
 
 
 def _check_size(what: str, size: int, max_bytes: int) -> None:

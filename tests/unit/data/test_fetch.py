@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 
-from treadle.data import fetch
+from treadle.data.fetch import download, fetch
 from treadle.errors import DataError, IntegrityError, TransientError
 
 FILES = {"a.txt": b"alpha\n" * 50, "b c.txt": b"beta"}
@@ -165,3 +165,16 @@ def test_damaged_archives_are_refused(folder):
         (folder / "bad.zip").write_bytes(data)
         with pytest.raises(IntegrityError, match=r"bad\.zip"):
             fetch(str(folder / "bad.zip"), {"a.txt": SUMS["a.txt"]})
+
+
+def test_a_download_is_whole_or_not_there(folder, server):
+    address, _ = server
+    target = folder / "new" / "a.txt"
+    download(f"{address}/a.txt", target)
+    assert target.read_bytes() == FILES["a.txt"]
+    for url, kind in ((f"{address}/short/a", TransientError), (f"{address}/none", DataError)):
+        with pytest.raises(kind):
+            download(url, folder / "b.txt")
+    with pytest.raises(DataError, match="got 101 B or more, expected at most 100 B"):
+        download(f"{address}/a.txt", folder / "b.txt", max_bytes=100)
+    assert not list(folder.glob("b.txt*"))

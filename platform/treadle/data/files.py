@@ -1,0 +1,259 @@
+"""The files of a source: where they are, of which format, in which order, and whether they are the expected ones.
+
+A source is a file, a folder (read through, names that start with "." or "_" left out), a pattern with `*` and `**`, a
+folder as the Hugging Face library saves data sets, on this machine or below `s3://`; or one file at an http(s) URL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from treadle.data.draft import SPLITS
+from treadle.data.fetch import download
+from treadle.errors import ConfigError, DataError, IntegrityError, did_you_mean
+from treadle.spec import DataSpec, Format
+
+__all__ = ["Place", "SourceFile", "find_files", "sha256_of"]
+
+_ENDINGS = {
+    "parquet": Format.parquet,
+    "pq": Format.parquet,
+    "arrow": Format.arrow,
+    "feather": Format.arrow,
+    "ipc": Format.arrow,
+    "csv": Format.csv,
+    "tsv": Format.csv,
+    "jsonl": Format.jsonl,
+    "ndjson": Format.jsonl,
+}
+_PACKED = ("gz", "zst", "bz2")
+_HUGGINGFACE_SPLITS = {"validation": "valid", "dev": "valid", "val": "valid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """One file.
+
+    Args:
+        name: below the source, for messages and checksums. path: in the filesystem.
+        size: bytes. split: place in `SPLITS` where the folder says it, else -1.
+    """
+
+    name: str
+    path: str
+    size: int
+    split: int = -1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Place:
+    """Files, in order, and what they are read with; picklable."""
+
+    filesystem: fs.FileSystem
+    files: tuple[SourceFile, ...]
+    format: Format
+
+
+def find_files(data: DataSpec, scratch: Path) -> Place:
+    """The files of `data.source`, sorted by name, those of `data.sha256` checked.
+
+    Args:
+        scratch: a folder that downloads may be put into.
+
+    Raises:
+        ConfigError: no source, a format that is not known or not one.
+        DataError: no such file. IntegrityError: a file has another digest than `data.sha256` says.
+    """
+    if not data.source:
+        raise ConfigError("data.source: not given", hint="data.source=<a file, a folder, a pattern or s3://...>")
+    filesystem, path = _opened(data.source, scratch)
+    try:
+        files, format_ = _found(filesystem, path, data)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"data.source: {data.source}: {_reason(error)}") from None
+    place = Place(filesystem=filesystem, files=tuple(files), format=format_)
+    _check_digests(place, data.sha256)
+    return place
+
+
+def _opened(source: str, scratch: Path) -> tuple[fs.FileSystem, str]:
+    scheme = source.partition("://")[0] if "://" in source else "file"
+    if scheme in ("http", "https"):
+        name = urllib.parse.unquote(urllib.parse.urlsplit(source).path).rsplit("/", 1)[-1]
+        target = scratch / (name or "download")
+        download(source, target)
+        return fs.LocalFileSystem(use_mmap=True), str(target)
+    if scheme == "s3":
+        bare, _, query = source.partition("?")
+        bucket, _, key = bare.removeprefix("s3://").partition("/")
+        try:
+            filesystem, _ = fs.FileSystem.from_uri(f"s3://{bucket}" + (f"?{query}" if query else ""))
+        except (OSError, pa.ArrowException, ValueError) as error:
+            raise ConfigError(f"data.source: got {source!r}, expected s3://bucket/path ({_reason(error)})") from None
+        return filesystem, f"{bucket}/{key}".rstrip("/")
+    if scheme == "file":
+        path = Path(source.removeprefix("file://")).expanduser()
+        return fs.LocalFileSystem(use_mmap=True), str(path.absolute())
+    raise ConfigError(
+        f"data.source: got {source!r}, expected a path, or one of s3://, http://, https://, file://"
+        f"{did_you_mean(scheme, ('s3', 'http', 'https', 'file'))}"
+    )
+
+
+def _found(filesystem: fs.FileSystem, path: str, data: DataSpec) -> tuple[list[SourceFile], Format]:
+    info = filesystem.get_file_info(path)
+    if info.type == fs.FileType.File:
+        return _of_one_format([SourceFile(name=info.base_name, path=path, size=info.size)], data)
+    if info.type == fs.FileType.NotFound and any(c in path for c in "*?["):
+        return _of_one_format(_matching(filesystem, path, data), data)
+    if info.type == fs.FileType.NotFound:
+        raise DataError(f"data.source: {data.source}: no such file or folder", hint="data.source=<where the files are>")
+    if saved := _saved_dataset(filesystem, path):
+        return saved, Format.huggingface
+    if data.format is Format.huggingface:
+        raise DataError(f"data.source: {data.source}: got no state.json or dataset_dict.json, expected one there")
+    files = [file for file in _below(filesystem, path) if data.format is not Format.auto or _format_of(file.name)]
+    if not files:
+        raise DataError(f"data.source: {data.source}: got a folder without a file that can be read", hint=_endings())
+    return _of_one_format(files, data)
+
+
+def _below(filesystem: fs.FileSystem, folder: str) -> list[SourceFile]:
+    """All files below a folder, hidden ones left out, by name."""
+    found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+    files = [
+        SourceFile(name=info.path[len(folder) :].lstrip("/"), path=info.path, size=info.size)
+        for info in found
+        if info.type == fs.FileType.File
+    ]
+    plain = (file for file in files if not any(part.startswith((".", "_")) for part in file.name.split("/")))
+    return sorted(plain, key=lambda file: file.name)
+
+
+def _matching(filesystem: fs.FileSystem, pattern: str, data: DataSpec) -> list[SourceFile]:
+    folder = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    if filesystem.get_file_info(folder).type == fs.FileType.NotFound:
+        raise DataError(f"data.source: {data.source}: no folder {folder}")
+    wanted = re.compile(_as_regex(pattern[len(folder) :].lstrip("/")))
+    files = [file for file in _below(filesystem, folder) if wanted.fullmatch(file.name)]
+    if not files:
+        raise DataError(f"data.source: {data.source}: no file fits the pattern")
+    return files
+
+
+def _as_regex(pattern: str) -> str:
+    """`*` and `?` stay in one folder, `**/` goes through any number of them, `[ab]` is one of these."""
+    tokens = {r"**/": "(?:.*/)?", r"**": ".*", r"*": "[^/]*", r"?": "[^/]"}
+    found = re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]/]+\]|.", pattern)
+    return "".join(
+        tokens.get(t) or (t.replace("[!", "[^") if len(t) > 2 and t[0] == "[" else re.escape(t)) for t in found
+    )
+
+
+def _of_one_format(files: Sequence[SourceFile], data: DataSpec) -> tuple[list[SourceFile], Format]:
+    if data.format is Format.huggingface:
+        raise ConfigError("data.format: got huggingface, expected data.source to be a folder that was saved so")
+    if data.format is not Format.auto:
+        return list(files), data.format
+    formats = {_format_of(file.name): file.name for file in files}
+    if None in formats:
+        raise ConfigError(f"data.format: got auto with the file {formats[None]!r}", hint=_endings())
+    if len(formats) > 1:
+        both = " and ".join(map(repr, formats.values()))
+        raise ConfigError(f"data.source: got files of {len(formats)} formats ({both}), expected one", hint="a pattern")
+    return list(files), next(f for f in formats if f is not None)
+
+
+def _format_of(name: str) -> Format | None:
+    parts = name.rsplit("/", 1)[-1].lower().split(".")
+    if len(parts) > 2 and parts[-1] in _PACKED:
+        format_ = _ENDINGS.get(parts[-2])
+        return format_ if format_ in (Format.csv, Format.jsonl) else None
+    return _ENDINGS.get(parts[-1]) if len(parts) > 1 else None
+
+
+def _endings() -> str:
+    return f"data.format=parquet|arrow|csv|jsonl, or names that end in {', '.join('.' + name for name in _ENDINGS)}"
+
+
+def _saved_dataset(filesystem: fs.FileSystem, folder: str) -> list[SourceFile]:
+    """The files of a data set, or of several splits, as the Hugging Face library saved them; [] if it did not."""
+    splits = _json_of(filesystem, f"{folder}/dataset_dict.json")
+    if splits is None:
+        return _saved_split(filesystem, folder, "", -1)
+    files: list[SourceFile] = []
+    for name in splits.get("splits", []):
+        split = _HUGGINGFACE_SPLITS.get(name, name)
+        if split not in SPLITS:
+            raise DataError(
+                f"{folder}/dataset_dict.json: got the split {name!r}, expected train, validation or test",
+                hint=f"data.source={folder}/{name} for this one alone",
+            )
+        files += _saved_split(filesystem, f"{folder}/{name}", f"{name}/", SPLITS.index(split))
+    return files
+
+
+def _saved_split(filesystem: fs.FileSystem, folder: str, prefix: str, split: int) -> list[SourceFile]:
+    state = _json_of(filesystem, f"{folder}/state.json")
+    if state is None:
+        return []
+    names = [str(entry["filename"]) for entry in state.get("_data_files", [])]
+    infos = filesystem.get_file_info([f"{folder}/{name}" for name in names])
+    for info in infos:
+        if info.type != fs.FileType.File:
+            raise DataError(f"{info.path}: got no such file, expected it as state.json names it")
+    return [
+        SourceFile(name=prefix + name, path=info.path, size=info.size, split=split)
+        for name, info in zip(names, infos, strict=True)
+    ]
+
+
+def _json_of(filesystem: fs.FileSystem, path: str) -> Mapping[str, Any] | None:
+    if filesystem.get_file_info(path).type != fs.FileType.File:
+        return None
+    with filesystem.open_input_stream(path) as file:
+        try:
+            value = json.loads(file.read())
+        except ValueError as error:
+            raise DataError(f"{path}: got no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: got no JSON object")
+    return value
+
+
+def _check_digests(place: Place, expected: Mapping[str, str]) -> None:
+    by_name = {file.name: file for file in place.files} | {file.name.rsplit("/", 1)[-1]: file for file in place.files}
+    for name, digest in expected.items():
+        if name not in by_name:
+            raise DataError(f"data.sha256: got {name!r}, expected a file of the source{did_you_mean(name, by_name)}")
+        if (seen := sha256_of(place, by_name[name])) != digest:
+            raise IntegrityError(
+                f"{name}: got sha256 {seen}, expected {digest}",
+                hint="another data.source, or the new data.sha256 if the file is meant to have changed",
+            )
+
+
+def sha256_of(place: Place, file: SourceFile) -> str:
+    """The digest of a file. Cost: reads it, about 1.5 GB/s."""
+    hasher = hashlib.sha256()
+    try:
+        with place.filesystem.open_input_file(file.path) as stream:
+            while block := stream.read_buffer(4 << 20):
+                hasher.update(block)
+    except OSError as error:
+        raise DataError(f"{file.name}: {_reason(error)}") from None
+    return hasher.hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).partition(". Detail:")[0]
