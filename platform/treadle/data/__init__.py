@@ -1,30 +1,53 @@
-"""Arrow in, batches out: drafts, shards with a manifest, and padded batches.
+"""Arrow in, batches out: sources and drafts, shards with a manifest, splits, and padded or packed batches.
 
-A preparation script imports `Draft`, `Row`, `Tokens` or `Frames`, and `fetch` from here.
+A preparation script imports `Draft`, `Row`, what inputs and targets are (`Tokens` or `Frames`, `Labels` or `Values`),
+and `fetch` from here.
 """
 
-from treadle.data.build import build_dataset
-from treadle.data.draft import Draft, Frames, Row, Tokens
+from treadle.data.ahead import ahead
+from treadle.data.batch import Batch, Form
+from treadle.data.block_cache import BlockCache
+from treadle.data.buffers import Buffers, Lease
+from treadle.data.build import Means, Origin, build_dataset, build_rows, build_view
+from treadle.data.draft import SPLITS, Draft, Frames, Labels, Row, Tokens, Values
 from treadle.data.fetch import fetch
-from treadle.data.loader import Batch, RowReader, ahead
 from treadle.data.manifest import Header, Manifest, Preprocessing
-from treadle.data.shelf import find_dataset, load_manifest, note_dataset, recipe_digest
+from treadle.data.reader import RowReader
+from treadle.data.shelf import find_dataset, find_rows, load_manifest, note_dataset, recipe_digest, rows_recipe
+from treadle.data.sources import open_source
+from treadle.data.streams import StreamBatch, read_streams
 
 __all__ = [
+    "SPLITS",
     "Batch",
+    "BlockCache",
+    "Buffers",
     "Draft",
+    "Form",
     "Frames",
     "Header",
+    "Labels",
+    "Lease",
     "Manifest",
+    "Means",
+    "Origin",
     "Preprocessing",
     "Row",
     "RowReader",
+    "StreamBatch",
     "Tokens",
+    "Values",
     "ahead",
     "build_dataset",
+    "build_rows",
+    "build_view",
     "fetch",
     "find_dataset",
+    "find_rows",
     "load_manifest",
     "note_dataset",
+    "open_source",
+    "read_streams",
     "recipe_digest",
+    "rows_recipe",
 ]

@@ -1,316 +1,295 @@
-"""From a draft to shards and a manifest.
+"""From a source to the shards and the manifest of a data set, in memory that does not grow with its values.
 
-A shard is an Arrow IPC file; each record batch in it is one block of rows of like length, so that
-a microbatch reads few blocks and copies near-equal rows. Shards are named by their content and
-never overwritten, the manifest comes last: a killed build leaves nothing that reads as a data set.
+    source -> parts: sorted runs of 64 MB and facts of each row, on the scratch shelf        parts.py
+           -> the order of all rows, without those that are too many or repeated             choose.py
+           -> zones: 64 MB of that order, one shard each                                     zones.py
+           -> a manifest of rows, then one of rows split, fitted and audited                 view.py
+
+Parts and zones are independent pieces of work that `Means.run` carries out, here or on a cluster. Shards are named by
+their content and never overwritten, and each manifest comes last: a killed build leaves nothing that reads as a data
+set. What is built follows from the rows and the order of the files alone: not from how a source was cut, nor by whom.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import xxhash
-from numpy.typing import NDArray
+from treadle import wire
+from treadle.data.blocks import checksum
+from treadle.data.choose import Columns, choose_rows, gather_facts
+from treadle.data.chunk import Chunk, Part, Source
+from treadle.data.draft import Draft, Labels
+from treadle.data.fetch_blocks import Reading
+from treadle.data.inline import run_inline
+from treadle.data.manifest import COLUMNS, SCHEMA, Block, Header, Manifest
+from treadle.data.names import content_of, merge_names
+from treadle.data.parts import PartJob, PartMeta, read_facts, write_part
+from treadle.data.reader import RowReader
+from treadle.data.rows import DraftSource
+from treadle.data.scratch import Scratch, Shelf, claim
+from treadle.data.view import make_view
+from treadle.data.zones import Zone, ZoneJob, create_once, plan_zones, used_ids, write_zone
+from treadle.spec import DataSpec, OnBadRow, SplitSpec
 
-from treadle.data.draft import SPLITS, Draft, Frames, Row, Tokens, assign_splits
-from treadle.data.manifest import Block, Header, Manifest, Preprocessing
-from treadle.errors import ConflictError, DataError
-from treadle.spec import DataSpec
+__all__ = ["Means", "Origin", "build_dataset", "build_rows", "build_view"]
 
-__all__ = ["Shelf", "build_dataset"]
-
-UNKNOWN = "<unknown>"
-BLOCK_BYTES = 1 << 20
-SHARD_BYTES = 64 << 20
-_MAX_PROBLEMS = 20
+_MOST_BAD = {OnBadRow.fail: 1000, OnBadRow.quarantine: 1_000_000}
+"""Bad rows of one part after which it is not read on: the build fails, and has enough to say."""
+_READING = Reading(num_requests=8, held_bytes=128 << 20)
+"""How rows are read for fitting and the audit."""
 
 
-class Shelf(Protocol):
-    """The part of a blob store that building needs."""
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """How a build is carried out.
 
-    def create(self, key: str, data: bytes) -> Any: ...
-    def head(self, key: str) -> Any: ...
+    Args:
+        run: carries out a function of each item, like `map`: anywhere, but with results in the order of the items.
+        open_shelf: gives the store in another process, picklable; None where `run` stays in this one.
+        progress: called with (stage, rows done, rows in all; 0 where that is not known yet).
+        run_bytes: of rows sorted in memory at once; it changes nothing in what is built.
+        shard_bytes, block_bytes: about, of what is written.
+    """
+
+    run: Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]] = run_inline
+    open_shelf: Callable[[], Shelf] | None = None
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    run_bytes: int = 64 << 20
+    shard_bytes: int = 64 << 20
+    block_bytes: int = 2 << 20
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Encoded:
-    row: Row
-    split: str
-    values: NDArray[Any]
-    labels: NDArray[np.int32]
-    length: int
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where rows come from.
+
+    Args:
+        licence: a line for people. source: sha256 by file name.
+        is_here: whether only this process, on this machine, can read the source.
+    """
+
+    licence: str
+    source: Mapping[str, str] = field(default_factory=dict)
+    is_here: bool = False
 
 
 def build_dataset(
     draft: Draft,
-    spec: DataSpec,
+    data: DataSpec,
     shelf: Shelf,
     *,
     recipe: str,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    split: SplitSpec | None = None,
+    means: Means = Means(),
 ) -> tuple[str, Manifest]:
-    """Write `draft` below `data/<name>/` and return the digest and manifest of the data set.
-
-    Args:
-        recipe: digest of what the data set was made by, kept in the manifest.
-        progress: called with (stage, rows done, rows in all).
+    """Write the rows of a draft below `data/<name>/`, split them, and give digest and manifest of the data set.
 
     Raises:
-        DataError: rows that cannot be used, all of them listed (up to 20), or a leak between splits.
+        DataError: rows that cannot be used, or what the audit found.
     """
-    rows = list(draft.rows)
-    if not rows:
-        raise DataError(f"data.{spec.name}: the preparation script gave no rows")
-    placed = _place(rows, spec)
-    train = [row for row, split in placed if split == "train"]
-    preprocessing = _fit(draft, train)
-    encoded = _encode(placed, draft, preprocessing, spec, progress)
-    _audit(encoded)
-    encoded.sort(key=lambda e: (SPLITS.index(e.split), e.length, e.row.entity))
-    blocks, spots = _write_shards(encoded, spec, shelf, preprocessing, progress)
-    header = Header(
-        name=spec.name,
-        recipe=recipe,
-        licence=draft.licence,
-        source=dict(draft.source),
-        max_length=spec.max_length,
-        preprocessing=preprocessing,
-        blocks=tuple(blocks),
-    )
-    manifest = Manifest(header=header, columns=_columns(encoded, spots))
-    data = manifest.to_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    _create_once(shelf, f"data/{spec.name}/manifests/{digest}.arrow", data)
-    return digest, manifest
+    _, rows = build_rows(draft, data, shelf, recipe=recipe, means=means)
+    return build_view(rows, data, split or SplitSpec(), shelf, recipe=recipe)
 
 
-def _place(rows: Sequence[Row], spec: DataSpec) -> list[tuple[Row, str]]:
-    """Each kept row with its split: the source's where it says one, else by hash of the entity."""
-    if wrong := sorted({row.split for row in rows if row.split is not None} - set(SPLITS)):
-        raise DataError(f"split: got {', '.join(map(repr, wrong))}, expected one of {', '.join(SPLITS)}, or none")
-    given = {row.entity: row.split for row in rows if row.split is not None and row.split != "train"}
-    free = {row.entity for row in rows} - given.keys()
-    try:
-        test = 0 if given else spec.test
-        splits = assign_splits(free, valid=spec.valid, test=test, limit=spec.limit, seed=spec.seed)
-    except ValueError as error:
-        raise DataError(f"data: {error}", hint="smaller data.valid, data.test, or a larger data.limit") from None
-    placed: list[tuple[Row, str]] = []
-    for row in rows:
-        split = row.split or given[row.entity] if row.entity in given else splits.get(row.entity)
-        if split is not None:
-            placed.append((row, split))
-    return placed
-
-
-def _fit(draft: Draft, train: Sequence[Row]) -> Preprocessing:
-    if len(set(draft.labels)) != len(draft.labels) or not draft.labels:
-        raise DataError("labels: expected at least one, each of them once")
-    if isinstance(draft.inputs, Tokens):
-        symbols = sorted({symbol for row in train for symbol in row.inputs})
-        return Preprocessing(symbols=(UNKNOWN, *symbols), channels=(), mean=(), deviation=(), labels=draft.labels)
-    # Rows that _encode will refuse do not matter here: nothing is written then.
-    fine = [values for row in train if (values := _finite_frames(row, draft.inputs)) is not None]
-    values = np.concatenate(fine or [np.zeros((1, len(draft.inputs.channels)))]).astype(np.float64)
-    deviation = values.std(axis=0)
-    return Preprocessing(
-        symbols=(),
-        channels=draft.inputs.channels,
-        mean=tuple(float(v) for v in values.mean(axis=0)),
-        deviation=tuple(float(v) if v > 0 else 1.0 for v in deviation),
-        labels=draft.labels,
-    )
-
-
-def _encode(
-    placed: Sequence[tuple[Row, str]],
-    draft: Draft,
-    preprocessing: Preprocessing,
-    spec: DataSpec,
-    progress: Callable[[str, int, int], None],
-) -> list[_Encoded]:
-    symbol_ids = {symbol: i for i, symbol in enumerate(preprocessing.symbols)}
-    label_ids = {label: i for i, label in enumerate(preprocessing.labels)}
-    encoded: list[_Encoded] = []
-    problems: list[str] = []
-    for number, (row, split) in enumerate(placed):
-        try:
-            if isinstance(draft.inputs, Tokens):
-                values = np.array([symbol_ids.get(symbol, 0) for symbol in row.inputs], np.int32)
-                length = len(values)
-            else:
-                values, length = _frames(row, draft.inputs)
-            if not 1 <= length <= spec.max_length:
-                raise ValueError(f"length: got {length}, expected 1 to data.max_length = {spec.max_length}")
-            if isinstance(row.target, str):  # a problem of the row, listed with the others
-                raise ValueError(f"target: got the text {row.target!r}, expected a list of labels, as [{row.target!r}]")  # noqa: TRY004
-            labels = np.array([label_ids[label] for label in row.target], np.int32)
-            if not len(labels):
-                raise ValueError("target: got no label, expected at least one")
-            encoded.append(_Encoded(row=row, split=split, values=values, labels=labels, length=length))
-        except KeyError as error:
-            problems.append(f"{row.where or repr(row.entity)}: label {error} is not among the {len(label_ids)} labels")
-        except ValueError as error:
-            problems.append(f"{row.where or repr(row.entity)}: {error}")
-        if number % 20_000 == 0:
-            progress("encode", number, len(placed))
-    if problems:
-        shown = "\n".join(problems[:_MAX_PROBLEMS])
-        more = f"\n... and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
-        raise DataError(f"data.{spec.name}: {len(problems)} rows cannot be used\n{shown}{more}")
-    return encoded
-
-
-def _finite_frames(row: Row, inputs: Frames) -> NDArray[np.float32] | None:
-    try:
-        values, _ = _frames(row, inputs)
-    except ValueError:
-        return None
-    return values.reshape(-1, len(inputs.channels))
-
-
-def _frames(row: Row, inputs: Frames) -> tuple[NDArray[np.float32], int]:
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and said below
-        values = np.asarray(row.inputs).astype(np.float32)
-    if values.ndim != 2 or values.shape[1] != len(inputs.channels):
-        raise ValueError(f"inputs: got shape {values.shape}, expected [T, {len(inputs.channels)}]")
-    if not np.isfinite(values).all():
-        step, channel = np.argwhere(~np.isfinite(values))[0]
-        raise ValueError(f"inputs: got {values[step, channel]} at time step {step}, channel {channel}")
-    return values.reshape(-1), len(values)
-
-
-def _audit(encoded: Sequence[_Encoded]) -> None:
-    """No entity and no content in two splits."""
-    for what, key in (
-        ("entity", lambda e: e.row.entity),
-        ("equal content", lambda e: (e.values.tobytes(), e.labels.tobytes())),
-    ):
-        seen: dict[Any, _Encoded] = {}
-        for item in encoded:
-            first = seen.setdefault(key(item), item)
-            if first.split != item.split:
-                raise DataError(
-                    f"leak: {what} in two splits: {first.row.entity!r} in {first.split}, "
-                    f"{item.row.entity!r} in {item.split}",
-                    hint="give both rows one `entity`, or drop one of them",
-                )
-
-
-def _write_shards(
-    encoded: Sequence[_Encoded],
-    spec: DataSpec,
+def build_rows(
+    source: Source | Draft,
+    data: DataSpec,
     shelf: Shelf,
-    preprocessing: Preprocessing,
-    progress: Callable[[str, int, int], None],
-) -> tuple[list[Block], list[tuple[int, int]]]:
-    """Blocks in order, and (block, row within it) of each encoded row."""
-    value_type = pa.int32() if preprocessing.symbols else pa.float32()
-    schema = pa.schema(
-        [("values", pa.large_list(value_type)), ("labels", pa.list_(pa.int32())), ("entity", pa.string())]
-    )
-    blocks: list[Block] = []
-    spots: list[tuple[int, int]] = []
-    shard: list[pa.RecordBatch] = []
-    shard_bytes = 0
+    *,
+    recipe: str,
+    origin: Origin | None = None,
+    means: Means = Means(),
+) -> tuple[str, Manifest]:
+    """Write the rows of a source to shards; gives digest and manifest of rows, which say nothing of a split yet.
 
-    def flush() -> None:
-        nonlocal shard, shard_bytes
-        if shard:
-            blocks.extend(_write_shard(shard, schema, spec, shelf))
-            shard, shard_bytes = [], 0
+    Args:
+        recipe: digest of what the rows are made by, kept in the manifest.
+        origin: of the rows; a draft says it itself.
 
-    for number, group in enumerate(_groups(encoded)):
-        batch = _record_batch(group, schema)
-        spots += [(number, i) for i in range(len(group))]
-        shard.append(batch)
-        shard_bytes += batch.nbytes
-        if shard_bytes >= SHARD_BYTES:
-            flush()
-        progress("write", len(spots), len(encoded))
-    flush()
-    return blocks, spots
+    Raises:
+        DataError: no rows, or more that break rules than `data` allows, the first 20 of them listed.
+        ConflictError: another process builds the same in the same folder.
 
-
-def _groups(encoded: Sequence[_Encoded]) -> list[list[_Encoded]]:
-    """Runs of one split of about BLOCK_BYTES each, in order."""
-    groups: list[list[_Encoded]] = []
-    size = 0
-    for item in encoded:
-        if not groups or size >= BLOCK_BYTES or groups[-1][0].split != item.split:
-            groups.append([])
-            size = 0
-        groups[-1].append(item)
-        size += item.values.nbytes + item.labels.nbytes
-    return groups
-
-
-def _record_batch(group: Sequence[_Encoded], schema: pa.Schema) -> pa.RecordBatch:
-    def lists(arrays: list[NDArray[Any]], kind: type[Any], offset_type: pa.DataType) -> Any:
-        offsets = np.cumsum([0, *(len(a) for a in arrays)])
-        return kind.from_arrays(pa.array(offsets, offset_type), pa.array(np.concatenate(arrays)))
-
-    values = lists([e.values for e in group], pa.LargeListArray, pa.int64())
-    labels = lists([e.labels for e in group], pa.ListArray, pa.int32())
-    return pa.record_batch([values, labels, pa.array([e.row.entity for e in group])], schema=schema)
-
-
-def _write_shard(batches: Sequence[pa.RecordBatch], schema: pa.Schema, spec: DataSpec, shelf: Shelf) -> list[Block]:
-    # The file is "ARROW1\0\0", the schema message, then the batches: their ranges are known while
-    # writing, so that a reader needs one ranged read and no footer.
-    sink = io.BytesIO()
-    position = 8 + schema.serialize().size
-    ranges: list[tuple[int, int]] = []
-    with pa.ipc.new_file(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-            ranges.append((position, sink.tell() - position))
-            position = sink.tell()
-    data = sink.getvalue()
-    key = f"data/{spec.name}/shards/{xxhash.xxh3_128_hexdigest(data)}.arrow"
-    _create_once(shelf, key, data)
-    return [
-        Block(
-            key=key,
-            offset=offset,
-            size=size,
-            rows=batch.num_rows,
-            checksum=xxhash.xxh3_128_hexdigest(memoryview(data)[offset : offset + size]),
+    Cost: time to write everything twice; memory of two runs or two zones (some 300 MB), and 150 bytes a row.
+    """
+    if is_draft := isinstance(source, Draft):
+        origin = Origin(licence=source.licence, source=source.source, is_here=True)
+        source = _Counted(DraftSource(source), means.progress)
+    origin = origin or Origin(licence=data.licence)
+    with claim(shelf, data.name, _build_id(source, recipe, origin), once=is_draft) as folder:
+        build = _Build(source=source, data=data, shelf=shelf, folder=folder, means=means)
+        columns, metas = build.sort(is_here=origin.is_here)
+        order, bad_lines, num_bad = choose_rows(data, columns, metas)
+        job, blocks = build.write(columns, order, metas)
+        header = Header(
+            name=data.name,
+            recipe=recipe,
+            licence=origin.licence,
+            source=dict(origin.source),
+            max_length=data.max_length,
+            content=job.content,
+            blocks=tuple(blocks),
+            set_aside=num_bad,
+            quarantine=_set_aside(shelf, data.name, bad_lines),
         )
-        for batch, (offset, size) in zip(batches, ranges, strict=True)
-    ]
+        columns["label"] = _global_labels(columns, metas, job)
+        manifest = Manifest(header=header, columns={name: columns.pop(name)[order] for name in COLUMNS})
+        return _keep(manifest, shelf, f"data/{data.name}/rows"), manifest
 
 
-def _columns(encoded: Sequence[_Encoded], spots: Sequence[tuple[int, int]]) -> dict[str, NDArray[Any]]:
-    def entity(item: _Encoded) -> int:
-        return xxhash.xxh3_64_intdigest(item.row.entity.encode())
+def build_view(rows: Manifest, data: DataSpec, split: SplitSpec, shelf: Shelf, *, recipe: str) -> tuple[str, Manifest]:
+    """Split rows, fit and audit them; gives digest and manifest of the data set. No shard is written.
 
-    return {
-        "split": np.array([SPLITS.index(e.split) for e in encoded], np.uint8),
-        "length": np.array([e.length for e in encoded], np.uint32),
-        "labels": np.array([len(e.labels) for e in encoded], np.uint32),
-        # CTC needs one frame per label and a blank between equal neighbours.
-        "label_frames": np.array(
-            [len(e.labels) + int((e.labels[1:] == e.labels[:-1]).sum()) for e in encoded], np.uint32
-        ),
-        "block": np.array([block for block, _ in spots], np.uint32),
-        "row": np.array([row for _, row in spots], np.uint32),
-        "entity": np.array([entity(e) for e in encoded], np.uint64),
-        # Equal inputs of one entity are one question with several accepted answers (train/evaluate.py).
-        "inputs": np.array([xxhash.xxh3_64_intdigest(e.values.tobytes()) for e in encoded], np.uint64),
-    }
+    Raises:
+        DataError: a split that cannot be made, or what the audit found.
+    """
+    spec = _ViewSpec(data=data, split=split)
+    with RowReader(_Unmapped(shelf), rows, reading=_READING) as reader:
+        made = make_view(rows, reader, spec)
+    manifest = dataclasses.replace(made, header=dataclasses.replace(made.header, recipe=recipe))
+    return _keep(manifest, shelf, f"data/{data.name}/manifests"), manifest
 
 
-def _create_once(shelf: Shelf, key: str, data: bytes) -> None:
-    try:
-        shelf.create(key, data)
-    except ConflictError:
-        found = shelf.head(key)  # the name is the content's: an equal object is there already
-        if found is None or found.size_bytes != len(data):
-            raise DataError(f"{key}: exists with other content", hint="delete it and prepare again") from None
+@dataclass(frozen=True, kw_only=True)
+class _ViewSpec:
+    data: DataSpec
+    split: SplitSpec
+
+
+class _Unmapped:
+    """A store whose blocks are read, not mapped: mapped pages stay resident, and memory would grow with the data."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.get = shelf.get
+
+    def local_path(self, key: str) -> Path | None:
+        del key
+        return None
+
+
+class _Counted:
+    """The source of a draft, which tells how far it is read."""
+
+    def __init__(self, source: DraftSource, progress: Callable[[str, int, int], None]) -> None:
+        self._source, self._progress = source, progress
+        self.schema, self.parts = source.schema, source.parts
+
+    def read(self, part: Part) -> Iterator[Chunk]:
+        done = 0
+        for chunk in self._source.read(part):
+            yield chunk
+            done += chunk.num_rows
+            self._progress("read", done, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Build:
+    """The two steps that take time."""
+
+    source: Source
+    data: DataSpec
+    shelf: Shelf
+    folder: str
+    means: Means
+
+    def sort(self, *, is_here: bool) -> tuple[Columns, list[PartMeta]]:
+        """Sort all parts into runs; gives the facts of all rows, run by run."""
+        parts = list(self.source.parts)
+        job = PartJob(
+            open_shelf=self._opener(is_here=is_here),
+            folder=self.folder,
+            source=self.source,
+            max_length=self.data.max_length,
+            limit=self.data.limit,
+            most_bad=_MOST_BAD[self.data.on_bad_row],
+            run_bytes=self.means.run_bytes,
+        )
+        run = run_inline if is_here else self.means.run
+        counts: list[int] = []
+        for count in run(functools.partial(write_part, job), enumerate(parts)):
+            counts.append(count)
+            self.means.progress("read", sum(counts), sum(counts) if len(counts) == len(parts) else 0)
+        scratch = Scratch(self.shelf, self.folder)
+        return gather_facts(counts, (read_facts(scratch, number) for number in range(len(parts))))
+
+    def write(self, columns: Columns, order: Any, metas: Sequence[PartMeta]) -> tuple[ZoneJob, list[Block]]:
+        """Write all shards."""
+        runs = [(number, run) for number, meta in enumerate(metas) for run in meta.runs]
+        job = ZoneJob(
+            open_shelf=self._opener(is_here=False),
+            folder=self.folder,
+            name=self.data.name,
+            content=content_of(self.source.schema, (), ()),
+            symbol_ids=(),
+            label_ids=(),
+            block_bytes=self.means.block_bytes,
+        )
+
+        def zones() -> Iterator[Zone]:
+            return plan_zones(job.content, columns, order, runs, shard_bytes=self.means.shard_bytes)
+
+        job = self._named(job, metas, None if len(order) == len(columns["length"]) else zones())
+        blocks: list[Block] = []
+        done = 0
+        for some in self.means.run(functools.partial(write_zone, job), zones()):
+            blocks += some
+            done += sum(block.rows for block in some)
+            self.means.progress("write", done, len(order))
+        return job, blocks
+
+    def _named(self, job: ZoneJob, metas: Sequence[PartMeta], zones: Iterator[Zone] | None) -> ZoneJob:
+        """The job with symbols and labels of all parts; where rows were left out, of those that `zones` hold."""
+        used: tuple[list[set[int]], list[set[int]]] | None = None
+        if zones is not None:
+            used = [set() for _ in metas], [set() for _ in metas]
+            for found in self.means.run(functools.partial(used_ids, job), zones):
+                for part, ids in found.items():
+                    used[0][part].update(ids[0])
+                    used[1][part].update(ids[1])
+        target = self.source.schema.target
+        declared = target.names if isinstance(target, Labels) else None
+        symbols = merge_names([meta.symbols for meta in metas], None, used and used[0])
+        labels = merge_names([meta.labels for meta in metas], declared, used and used[1])
+        content = content_of(self.source.schema, symbols.names, labels.names)
+        return dataclasses.replace(job, content=content, symbol_ids=symbols.ids, label_ids=labels.ids)
+
+    def _opener(self, *, is_here: bool) -> Callable[[], Shelf]:
+        return (lambda: self.shelf) if is_here or self.means.open_shelf is None else self.means.open_shelf
+
+
+def _build_id(source: Source, recipe: str, origin: Origin) -> str:
+    """What a rerun of a killed build has in common with it; paths may differ, as those of downloads do."""
+    parts = [wire.encode(dataclasses.replace(part, path="")) for part in source.parts]
+    return wire.digest({"recipe": recipe, "source": dict(origin.source), "parts": parts, "schema": SCHEMA})
+
+
+def _global_labels(columns: Columns, metas: Sequence[PartMeta], job: ZoneJob) -> Any:
+    """The column of labels by the ids of the data set."""
+    labels_R, start = columns["label"], 0
+    for meta, ids in zip(metas, job.label_ids, strict=True):
+        stop = start + sum(run.rows for run in meta.runs)
+        labels_R[start:stop] = ids[labels_R[start:stop]]
+        start = stop
+    return labels_R
+
+
+def _set_aside(shelf: Shelf, name: str, lines: bytes) -> str:
+    """The key of the file of rows set aside, or ""."""
+    if not lines:
+        return ""
+    key = f"data/{name}/quarantine/{checksum(lines)}.jsonl"
+    create_once(shelf, key, lines)
+    return key
+
+
+def _keep(manifest: Manifest, shelf: Shelf, folder: str) -> str:
+    """Write a manifest under its digest, which is given back."""
+    data = manifest.to_bytes()
+    digest = wire.digest(data)
+    create_once(shelf, f"{folder}/{digest}.arrow", data)
+    return digest

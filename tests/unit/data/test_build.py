@@ -1,268 +1,399 @@
-"""Building and reading data sets: round trips, splits, leaks, damage."""
+"""Building data sets: what goes in comes out, sorted, whatever the cut; rules; rows apart from splits."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
+import xxhash
+from build_rig import CutSource, expected_rows, plain, stored_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle.data import Draft, Frames, Manifest, Row, RowReader, Tokens, ahead, build_dataset
-from treadle.data.draft import assign_splits
-from treadle.errors import DataError, IntegrityError
-from treadle.spec import DataSpec
+from treadle.data.build import Means, Origin, build_dataset, build_rows, build_view
+from treadle.data.draft import Draft, Frames, Labels, Row, Tokens, Values
+from treadle.data.inline import run_inline
+from treadle.data.manifest import NO_SPLIT, Manifest
+from treadle.data.shelf import load_manifest
+from treadle.errors import ConflictError, DataError, IntegrityError
+from treadle.spec import DataSpec, Missing, OnBadRow, SplitSpec, TargetPer
 from treadle.store.local import LocalBlobs
+from treadle.testing import MemoryBlobs
 
 WORDS = ["".join(letters) for letters in itertools.product("abcde", repeat=3)]
+SMALL = Means(run_bytes=4000, shard_bytes=3000, block_bytes=700)
 
 
 def words_draft(words=WORDS) -> Draft:
     rows = [Row(entity=w, inputs=list(w * (1 + i % 3)), target=list(w.upper())) for i, w in enumerate(words)]
-    return Draft(rows=rows, inputs=Tokens(), labels=tuple("ABCDE"), licence="none", source={"x": "y"})
+    return Draft(rows=rows, inputs=Tokens(), target=Labels(per=TargetPer.sequence), licence="none", source={"x": "y"})
 
 
-def frames_draft(num=30) -> Draft:
+def frames_draft(num=60, *, target=None, per=TargetPer.row, timed=False, missing=False) -> Draft:
     rng = np.random.default_rng(0)
+    rows = []
+    for i in range(num):
+        length = 2 + i % 7
+        values = rng.normal(5, 3, (length, 4)).astype(np.float32)
+        if missing:
+            values[rng.random((length, 4)) < 0.2] = np.nan
+        label: object = None
+        if isinstance(target, Labels):
+            label = str(i % 3)
+            if per is TargetPer.frame:
+                label = [None if t % 2 else str((i + t) % 3) for t in range(length)]
+        elif isinstance(target, Values):
+            shape = (2,) if per is TargetPer.row else (length, 2)
+            label = rng.normal(size=shape).astype(np.float32)
+        times = np.cumsum(rng.integers(0, 5, length)).astype(float) if timed else None
+        rows.append(Row(entity=f"e{i // 2}", inputs=values, target=label, times=times, group=f"g{i // 4}"))
+    inputs = Frames(channels=("a", "b", "c", "d"), missing=missing)
+    return Draft(rows=rows, inputs=inputs, target=target, licence="none")
+
+
+DRAFTS = {
+    "tokens, sequences": words_draft,
+    "frames, label": lambda: frames_draft(target=Labels()),
+    "frames, label per frame": lambda: frames_draft(target=Labels(per=TargetPer.frame), per=TargetPer.frame),
+    "frames, values": lambda: frames_draft(target=Values(names=("u", "v"))),
+    "frames, values per frame": lambda: frames_draft(
+        target=Values(names=("u", "v"), per=TargetPer.frame), per=TargetPer.frame
+    ),
+    "frames, no target, timed": lambda: frames_draft(timed=True),
+    "frames, missing, label, timed": lambda: frames_draft(target=Labels(), timed=True, missing=True),
+}
+
+
+def make(blobs, source, *, recipe="r", means=SMALL, **spec):
+    origin = None if isinstance(source, Draft) else Origin(licence="none", source={"x": "y"})
+    return build_rows(source, DataSpec(name="toy", **spec), blobs, recipe=recipe, origin=origin, means=means)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_every_row_comes_back_as_it_went_in_and_sorted(name, tmp_path):
+    draft = DRAFTS[name]()
+    per_row = isinstance(draft.target, Labels) and draft.target.per is TargetPer.row
+    for blobs in (MemoryBlobs(), LocalBlobs(tmp_path / "store")):
+        digest, manifest = make(blobs, draft)
+        key = f"data/toy/rows/{digest}.arrow"
+        stored = Manifest.from_bytes(blobs.get(key), where=key, digest=digest)
+        assert stored.header == manifest.header
+        found = stored_rows(blobs, stored)
+        expected = expected_rows(draft.rows, per_row=per_row)
+        assert sorted(map(repr, map(plain, found))) == sorted(map(repr, map(plain, expected)))
+        columns = stored.columns
+        assert [len(inputs) for _, inputs, _, _ in found] == columns["length"].tolist()
+        assert [len(targets) for *_, targets in found] == columns["targets"].tolist()
+        keys = list(zip(*(columns[c].tolist() for c in ("length", "entity", "content")), strict=True))
+        assert keys == sorted(keys)
+        assert [xxhash.xxh3_64_intdigest(e.encode()) for e, *_ in found] == columns["entity"].tolist()
+        assert {block.key for block in stored.header.blocks} == {e.key for e in blobs.list("data/toy/shards/")}
+        assert len({block.key for block in stored.header.blocks}) > 1
+        assert (columns["split"] == NO_SPLIT).all()
+        assert blobs.children("data/toy") == ["rows", "shards"]
+
+
+def test_columns_say_what_rows_hold():
     rows = [
         Row(
-            entity=str(i),
-            inputs=rng.normal(5, 3, (2 + i % 7, 4)).astype(np.float32),
-            target=["p" if i % 2 else "q"],
-            split="test" if i % 5 == 0 else "train",
-        )
-        for i in range(num)
+            entity="x",
+            group="g",
+            inputs=list("ab"),
+            target=list("AAB"),
+            times=[1.0, 5.0],
+            time=6.0,
+            weight=2.0,
+            split="test",
+        ),
+        Row(entity="y", inputs=list("abc"), target=list("ABA"), times=[1.0, 2.0, 3.0]),
     ]
-    return Draft(rows=rows, inputs=Frames(channels=("a", "b", "c", "d")), labels=("p", "q"), licence="none")
+    draft = Draft(rows=rows, inputs=Tokens(), target=Labels(per=TargetPer.sequence), licence="none")
+    _, manifest = make(MemoryBlobs(), draft)
+    columns = {name: column.tolist() for name, column in manifest.columns.items()}
+
+    def hashed(text, seed=0):
+        return xxhash.xxh3_64_intdigest(text if isinstance(text, bytes) else text.encode(), seed)
+
+    assert columns["label_frames"] == [4, 3]
+    assert columns["weight"] == [2.0, 1.0]
+    assert columns["split"] == [2, NO_SPLIT]
+    assert columns["label"] == [-1, -1]
+    assert columns["last"] == [5.0, 3.0]
+    assert columns["time"][0] == 6.0
+    assert np.isnan(columns["time"][1])
+    assert columns["group"] == [hashed("g"), hashed("y")]
+    symbols = np.array([hashed("a"), hashed("b")], np.uint64).tobytes()
+    assert columns["inputs"][0] == hashed(np.array([0.0, 4.0], np.float32).tobytes(), hashed(symbols))
 
 
-@pytest.fixture
-def blobs(tmp_path):
-    return LocalBlobs(tmp_path / "store")
+@settings(max_examples=25)
+@given(
+    st.sampled_from(sorted(DRAFTS)),
+    st.lists(st.integers(0, 124), max_size=4),
+    st.integers(1, 40),
+    st.sampled_from([200, 2000, 1 << 20]),
+)
+def test_neither_cuts_nor_runs_change_what_is_built(name, cuts, per_chunk, run_bytes):
+    draft = DRAFTS[name]()
+    whole, _ = make(MemoryBlobs(), CutSource(draft))
+    means = dataclasses.replace(SMALL, run_bytes=run_bytes)
+    cut, _ = make(MemoryBlobs(), CutSource(draft, [c % len(draft.rows) for c in cuts], per_chunk), means=means)
+    assert cut == whole
 
 
-def build(blobs, draft, **spec):
-    return build_dataset(draft, DataSpec(name="toy", **spec), blobs, recipe="r")
+def test_workers_that_finish_in_any_order_build_the_same():
+    def backwards(work, items):
+        done = {}
+        items = list(items)
+        for number in reversed(range(len(items))):
+            done[number] = work(items[number])
+        return (done[number] for number in range(len(items)))
+
+    draft = DRAFTS["frames, label"]()
+    digests = {
+        make(MemoryBlobs(), CutSource(draft, [10, 20, 40]), means=dataclasses.replace(SMALL, run=run))[0]
+        for run in (run_inline, backwards, map)
+    }
+    assert len(digests) == 1
 
 
-def test_every_row_comes_back_as_it_went_in(blobs):
-    digest, manifest = build(blobs, words_draft(), valid=10, test=20)
-    stored = Manifest.from_bytes(blobs.get(f"data/toy/manifests/{digest}.arrow"), where="m", digest=digest)
-    assert stored.header == manifest.header
-    reader = RowReader(blobs, stored)
-    symbols, labels = stored.header.preprocessing.symbols, stored.header.preprocessing.labels
-    found = {}
-    for split in ("train", "valid", "test"):
-        rows = stored.rows_of(split)
-        for part in np.array_split(np.random.default_rng(1).permutation(rows), 3):
-            batch = reader.batch(part)
-            for i, row in enumerate(part):
-                word = "".join(symbols[t] for t in batch.inputs[i, : batch.lengths_B[i]])
-                target = "".join(labels[t] for t in batch.labels_BU[i, : batch.label_lengths_B[i]])
-                assert not batch.inputs[i, batch.lengths_B[i] :].any()
-                found[reader.entity(int(row))] = (word, target, split)
-    draft = {r.entity: ("".join(r.inputs), "".join(r.target)) for r in words_draft().rows}
-    assert {e: v[:2] for e, v in found.items()} == draft
-    assert [sum(v[2] == s for v in found.values()) for s in ("train", "valid", "test")] == [95, 10, 20]
+def test_rows_equal_in_length_entity_and_content_have_one_order_all_the_same():
+    rows = [Row(entity="e", inputs=["a"], target="x", weight=float(i % 5), time=float(i % 3)) for i in range(30)]
+    draft = Draft(rows=rows, inputs=Tokens(), target=Labels(), licence="none")
+    turned = dataclasses.replace(draft, rows=rows[::-1])
+    made = {make(MemoryBlobs(), CutSource(d, cuts))[0] for d in (draft, turned) for cuts in ([], [7, 9], [15])}
+    assert len(made) == 1
 
 
-def test_frames_are_scaled_by_training_rows_alone(blobs):
-    _, manifest = build(blobs, frames_draft(), valid=3)
-    rows = manifest.rows_of("train")
-    batch = RowReader(blobs, manifest).batch(rows)
-    real = np.concatenate([batch.inputs[i, :n] for i, n in enumerate(batch.lengths_B)])
-    assert np.allclose(real.mean(axis=0), 0, atol=1e-5)
-    assert np.allclose(real.std(axis=0), 1, atol=1e-5)
-    assert len(manifest.rows_of("test")) == 6
-    assert len(manifest.rows_of("valid")) == 3
+def test_labels_that_are_whole_numbers_sort_as_such():
+    rows = [Row(entity=str(i), inputs=["a"], target=str(i - 3)) for i in range(15)]
+    draft = Draft(rows=rows, inputs=Tokens(), target=Labels(), licence="none")
+    _, manifest = make(MemoryBlobs(), CutSource(draft, [5]))
+    assert manifest.header.content.labels == tuple(str(i - 3) for i in range(15))
+    declared = dataclasses.replace(draft, target=Labels(names=tuple(str(i) for i in range(20, -4, -1))))
+    _, manifest = make(MemoryBlobs(), CutSource(declared, [5]))
+    assert manifest.header.content.labels[0] == "20"
+    entities = [entity for entity, *_ in stored_rows_of(declared)]
+    assert sorted(entities) == sorted(str(i) for i in range(15))
 
 
-def test_the_same_draft_is_the_same_data_set(blobs, tmp_path):
-    first, _ = build(blobs, words_draft(), valid=5, test=5)
-    again, _ = build(blobs, words_draft(), valid=5, test=5)
-    elsewhere, _ = build(LocalBlobs(tmp_path / "other"), words_draft(list(reversed(WORDS))), valid=5, test=5)
-    other, _ = build(blobs, words_draft(), valid=5, test=6)
-    assert first == again
-    assert first != other
-    assert len(elsewhere) == 64
+def stored_rows_of(draft, **spec):
+    blobs = MemoryBlobs()
+    _, manifest = make(blobs, draft, **spec)
+    return stored_rows(blobs, manifest)
 
 
-def test_a_flipped_byte_in_a_block_is_found_and_named(blobs):
-    _, manifest = build(blobs, words_draft())
-    block = manifest.header.blocks[0]
-    path = blobs.local_path(block.key)
-    data = bytearray(path.read_bytes())
-    data[block.offset + block.size // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(IntegrityError, match=r"block 0 is not what was written"):
-        RowReader(blobs, manifest).batch(manifest.rows_of("train")[:1])
-
-
-def test_a_truncated_shard_is_found(blobs):
-    _, manifest = build(blobs, words_draft())
-    path = blobs.local_path(manifest.header.blocks[0].key)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(IntegrityError, match="cut off"):
-        RowReader(blobs, manifest).batch(manifest.rows_of("train")[:1])
-
-
-def test_a_changed_manifest_is_refused(blobs):
-    digest, _ = build(blobs, words_draft())
-    data = bytearray(blobs.get(f"data/toy/manifests/{digest}.arrow"))
-    data[len(data) // 2] ^= 1
-    with pytest.raises(IntegrityError, match="expected"):
-        Manifest.from_bytes(bytes(data), where="m", digest=digest)
-
-
-def test_an_entity_in_two_splits_is_a_leak(blobs):
-    rows = [Row(entity="x", inputs=list("ab"), target=["A"], split="test")]
-    rows += [Row(entity=w, inputs=list(w), target=["A"]) for w in WORDS[:9]]
-    rows += [Row(entity="y", inputs=list("ab"), target=["A"])]  # the test row's content under another name
-    draft = dataclasses.replace(words_draft(), rows=rows)
-    with pytest.raises(DataError, match=r"leak: equal content in two splits: 'y' in train, 'x' in test|'x' in test"):
-        build(blobs, draft)
-
-
-def test_a_killed_build_leaves_no_data_set(blobs):
-    class Dying:
-        def create(self, key, data):
-            if "manifests" in key:
-                raise KeyboardInterrupt
-            return blobs.create(key, data)
-
-        head = blobs.head
-
-    with pytest.raises(KeyboardInterrupt):
-        build(Dying(), words_draft())
-    assert list(blobs.list("data/toy/manifests")) == []
-    build(blobs, words_draft())  # and a rerun starts cleanly
-
-
-def test_all_bad_rows_are_named_at_once(blobs):
+def test_blocks_and_shards_are_of_their_size():
     rng = np.random.default_rng(0)
-    rows = [Row(entity=str(i), inputs=rng.normal(size=(3, 4)), target=["p"]) for i in range(5)]
+    rows = [
+        Row(entity=str(i), inputs=rng.normal(size=(int(n), 4)).astype(np.float32), target="p")
+        for i, n in enumerate(np.clip(rng.lognormal(3, 1, 900), 1, 800))
+    ]
+    draft = Draft(rows=rows, inputs=Frames(channels=tuple("abcd")), target=Labels(), licence="none")
+    _, manifest = make(MemoryBlobs(), draft, means=Means(run_bytes=100_000, shard_bytes=64_000, block_bytes=8_000))
+    blocks = manifest.header.blocks
+    assert [b.longest for b in blocks] == sorted(b.longest for b in blocks)
+    largest_row = 800 * 16
+    assert max(b.size for b in blocks) < 12_000 + largest_row
+    assert np.median([b.size for b in blocks]) > 6_000
+    shards = {key: sum(b.size for b in found) for key, found in itertools.groupby(blocks, lambda b: b.key)}
+    assert abs(len(shards) - sum(b.size for b in blocks) / 64_000) < 1
+    assert min(shards.values()) > 40_000
+
+
+def test_another_split_of_the_same_rows_writes_no_shard():
+    blobs = MemoryBlobs()
+    data = DataSpec(name="toy")
+    first, one = build_dataset(words_draft(), data, blobs, recipe="r1", split=SplitSpec(valid=10, test=20))
+    before = {entry.key: entry.version for entry in blobs.list("data/toy/shards/")}
+    _, rows = make(blobs, words_draft(), means=Means())
+    second, two = build_view(rows, data, SplitSpec(valid=10, test=30), blobs, recipe="r2")
+    assert {entry.key: entry.version for entry in blobs.list("data/toy/shards/")} == before
+    assert first != second
+    assert [len(load_manifest(blobs, "toy", d).rows_of("test")) for d in (first, second)] == [20, 30]
+    assert one.header.blocks == two.header.blocks
+    assert (one.header.recipe, two.header.recipe) == ("r1", "r2")
+
+
+@pytest.mark.parametrize("target", ["xyz", "pairs"])
+def test_a_limit_keeps_the_same_rows_whatever_the_order_and_the_cut(target):
+    # Every word has symbols and a label of its own, so that those of rows left out would show.
+    rows = [
+        Row(entity=w, inputs=[*w, w], target=f"{w}!" if target == "pairs" else "xyz"[i % 3])
+        for i, w in enumerate(WORDS)
+    ]
+    draft = Draft(rows=rows, inputs=Tokens(), target=Labels(), licence="none", source={"x": "y"})
+    turned = dataclasses.replace(draft, rows=rows[::-1])
+    sources = [draft, turned, CutSource(draft, [30, 31, 90], 3), CutSource(turned, [60], 50)]
+    stores = [MemoryBlobs() for _ in sources]
+    made = [make(blobs, source, limit=20) for blobs, source in zip(stores, sources, strict=True)]
+    assert len({digest for digest, _ in made}) == 1
+    found = stored_rows(stores[0], made[0][1])
+    smallest = sorted(WORDS, key=lambda word: xxhash.xxh3_64_intdigest(word.encode()))[:20]
+    assert sorted(entity for entity, *_ in found) == sorted(smallest)
+    assert sorted(map(repr, found)) == sorted(
+        map(repr, expected_rows([row for row in rows if row.entity in smallest], per_row=True))
+    )
+    assert set(made[0][1].header.content.symbols) == {symbol for _, inputs, *_ in found for symbol in inputs}
+    assert len(stored_rows_of(words_draft(), limit=500)) == 125
+
+
+def with_ids(ids):
+    rows = [Row(entity=f"e{i}", inputs=list("ab"), target="p", id=key) for i, key in enumerate(ids)]
+    return Draft(rows=rows, inputs=Tokens(), target=Labels(), licence="none")
+
+
+@pytest.mark.parametrize("cuts", [(), (1, 2), (3,), (4, 5)])
+def test_an_id_that_comes_again_is_named_with_the_first(cuts):
+    source = CutSource(with_ids(["a", "b", "c", "a", "d", "a"]), cuts)
+    with pytest.raises(DataError, match="2 of 6 rows cannot be used") as refused:
+        make(MemoryBlobs(), source)
+    assert "rows:4: id: got the id of rows:1" in refused.value.message
+    assert "rows:6: id: got the id of rows:1" in refused.value.message
+    blobs = MemoryBlobs()
+    _, manifest = make(blobs, source, on_bad_row=OnBadRow.quarantine, bad_rows=2)
+    assert sorted(entity for entity, *_ in stored_rows(blobs, manifest)) == ["e0", "e1", "e2", "e4"]
+    assert manifest.header.set_aside == 2
+    lines = [json.loads(line) for line in blobs.get(manifest.header.quarantine).splitlines()]
+    assert [line["row"] for line in lines] == [4, 6]
+
+
+def test_bad_rows_fail_the_build_or_are_set_aside():
+    rows = [Row(entity=str(i), inputs=np.ones((3, 4)), target="p") for i in range(50)]
     bad = np.ones((2, 4))
     bad[1, 2] = np.nan
     rows += [
-        Row(entity="nan", inputs=bad, target=["p"], where="f.csv:7"),
-        Row(entity="wide", inputs=np.ones((2, 5)), target=["p"]),
-        Row(entity="long", inputs=np.ones((70, 4)), target=["p"]),
-        Row(entity="label", inputs=np.ones((2, 4)), target=["z"]),
-        Row(entity="none", inputs=np.ones((2, 4)), target=[]),
-        Row(entity="empty", inputs=np.ones((0, 4)), target=["p"]),
+        Row(entity="nan", inputs=bad, target="p", where="f.csv:7"),
+        Row(entity="wide", inputs=np.ones((2, 5)), target="p"),
+        Row(entity="long", inputs=np.ones((70, 4)), target="p"),
     ]
-    draft = dataclasses.replace(frames_draft(), rows=rows)
-    with pytest.raises(DataError, match="6 rows cannot be used") as refused:
-        build(blobs, draft, max_length=64)
-    for words in ("f.csv:7", "time step 1, channel 2", "expected [T, 4]", "got 70", "label 'z'", "no label", "got 0"):
-        assert words in str(refused.value)
+    draft = Draft(rows=rows, inputs=Frames(channels=tuple("abcd")), target=Labels(), licence="none")
+    blobs = MemoryBlobs()
+    with pytest.raises(DataError, match="3 of 53 rows cannot be used") as refused:
+        make(blobs, draft, max_length=64)
+    for words in ("f.csv:7", "expected [T, 4]", "got 70 frames"):
+        assert words in refused.value.message
+    assert list(blobs.list("")) == []
+    with pytest.raises(DataError, match="got 3 bad rows of 53, expected at most 2"):
+        make(blobs, draft, max_length=64, on_bad_row=OnBadRow.quarantine, bad_rows=0.05)
+    _, kept = make(blobs, draft, max_length=64, on_bad_row=OnBadRow.quarantine, bad_rows=0.06)
+    assert (kept.num_rows, kept.header.set_aside) == (50, 3)
+    assert len(blobs.get(kept.header.quarantine).splitlines()) == 3
+    cut = CutSource(draft, [51, 52], per_chunk=1)
+    with pytest.raises(DataError, match="3 of 53 rows cannot be used"):
+        make(blobs, cut, max_length=64)
 
 
-def test_a_split_that_leaves_nothing_is_refused(blobs):
-    with pytest.raises(DataError, match="fewer than the 125 entities"):
-        build(blobs, words_draft(), valid=100, test=25)
+def test_a_source_without_rows_is_refused():
+    for draft in (dataclasses.replace(words_draft(), rows=[]), dataclasses.replace(words_draft(), rows=iter(()))):
+        blobs = MemoryBlobs()
+        with pytest.raises(DataError, match=r"data\.toy: got no rows"):
+            make(blobs, draft)
+        assert list(blobs.list("")) == []
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.sets(st.text(min_size=1, max_size=4), min_size=6, max_size=40), st.integers(0, 2), st.integers(0, 3))
-def test_splits_are_by_hash_and_exact(entities, valid, test):
-    splits = assign_splits(entities, valid=valid, test=test, limit=None, seed=0)
-    assert splits == assign_splits(sorted(entities, reverse=True), valid=valid, test=test, limit=None, seed=0)
-    counts = [list(splits.values()).count(name) for name in ("valid", "test", "train")]
-    assert counts == [valid, test, len(entities) - valid - test]
+def test_what_a_generator_raises_is_raised_and_leaves_nothing(tmp_path):
+    def rows():
+        yield from words_draft().rows
+        raise OSError("the disk is on fire")
+
+    blobs = LocalBlobs(tmp_path / "store")
+    with pytest.raises(OSError, match="on fire"):
+        make(blobs, dataclasses.replace(words_draft(), rows=rows()))
+    assert list(blobs.list("data")) == []
 
 
-def test_the_thread_ahead_raises_errors_and_ends_with_its_consumer():
-    import threading
-
-    def failing():
-        yield 1
-        raise DataError("broken")
-
-    items = ahead(failing)
-    assert next(items) == 1
-    with pytest.raises(DataError, match="broken"):
-        next(items)
-    endless = ahead(lambda: iter(itertools.count()))
-    assert [next(endless) for _ in range(3)] == [0, 1, 2]
-    endless.close()
-    assert not [t for t in threading.enumerate() if t.name == "treadle-loader"]
+def test_missing_values_are_kept_and_split_off_later():
+    blobs = MemoryBlobs()
+    data = DataSpec(name="toy", missing=Missing.indicator)
+    draft = frames_draft(target=Labels(), missing=True)
+    _, rows = make(blobs, draft)
+    _, manifest = build_view(rows, data, SplitSpec(test=6), blobs, recipe="r")
+    assert manifest.preprocessing.input_size == 8
 
 
-def test_a_split_of_another_name_is_refused(blobs):
-    rows = [Row(entity=w, inputs=list(w), target=["A"], split="dev" if i == 3 else None) for i, w in enumerate(WORDS)]
-    with pytest.raises(DataError, match="split: got 'dev', expected one of train, valid, test"):
-        build(blobs, dataclasses.replace(words_draft(), rows=rows))
+def test_another_shard_of_the_same_name_is_an_error():
+    blobs = MemoryBlobs()
+    _, manifest = make(blobs, words_draft())
+    key = manifest.header.blocks[0].key
+    data = bytearray(blobs.get(key))
+    data[300] ^= 1
+    blobs.put(key, bytes(data))
+    with pytest.raises(IntegrityError, match=f"{key}: exists with other content"):
+        make(blobs, words_draft())
 
 
-def test_rows_without_a_split_follow_their_entity(blobs):
-    rows = [
-        Row(entity="x", inputs=list("ab"), target=["A"], split="test"),
-        Row(entity="x", inputs=list("ba"), target=["B"]),
-    ]
-    rows += [Row(entity=w, inputs=list(w), target=["A"]) for w in WORDS[:9]]
-    _, manifest = build(blobs, dataclasses.replace(words_draft(), rows=rows))
-    assert (len(manifest.rows_of("test")), len(manifest.rows_of("train"))) == (2, 9)
+def test_two_processes_cannot_build_the_same_in_one_folder(tmp_path):
+    blobs = LocalBlobs(tmp_path / "store")
+    source = CutSource(words_draft())
+
+    def run(work, items):
+        if not nested:
+            nested.append(1)
+            with pytest.raises(ConflictError, match="another process is building the same rows"):
+                make(blobs, source)
+        return map(work, items)
+
+    nested: list[int] = []
+    make(blobs, source, means=dataclasses.replace(SMALL, run=run))
+    assert nested
 
 
-def test_an_entity_in_two_given_splits_is_a_leak(blobs):
-    rows = [Row(entity="x", inputs=list(w), target=["A"], split=s) for w, s in (("ab", "test"), ("ba", "train"))]
-    rows += [Row(entity=w, inputs=list(w), target=["A"]) for w in WORDS[:9]]
-    with pytest.raises(DataError, match="leak: entity in two splits"):
-        build(blobs, dataclasses.replace(words_draft(), rows=rows))
+def test_finished_parts_are_not_read_again_and_damaged_ones_are(tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    def stops_after(count):
+        def run(work, items):
+            for number, item in enumerate(items):
+                if number == count:
+                    raise StoppedError
+                yield work(item)
+
+        return run
+
+    blobs, source = LocalBlobs(tmp_path / "store"), CutSource(words_draft(), [25, 50, 75, 100])
+    whole, _ = make(MemoryBlobs(), CutSource(words_draft()))
+    with pytest.raises(StoppedError):
+        make(blobs, source, means=dataclasses.replace(SMALL, run=stops_after(3)))
+    assert source.reads == [0, 25, 50]
+    folder = blobs.local_path("data/toy/building")
+    runs = sorted(folder.rglob("run-*"))
+    assert len(runs) >= 3
+    damaged = bytearray(runs[0].read_bytes())
+    damaged[10] ^= 1
+    runs[0].write_bytes(bytes(damaged))
+    source.reads.clear()
+    again, _ = make(blobs, source)
+    assert again == whole
+    assert sorted(source.reads) == [0, 75, 100]
+    assert not folder.exists()
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ([[1.0, 2.0, 3.0, 4.0], [1.0]], "inhomogeneous"),
-        ([["1", "2", "x", "4"]], "could not convert"),
-        ([[1.0, float("inf"), 3.0, 4.0]], "got inf at time step 0, channel 1"),
-        ([[1.0, 2.0, 1e300, 4.0]], "got inf at time step 0, channel 2"),
-        ([1.0, 2.0, 3.0, 4.0], r"got shape \(4,\), expected \[T, 4\]"),
-    ],
-)
-def test_frames_that_are_no_numbers_are_named(blobs, values, words):
-    rows = [*frames_draft().rows, Row(entity="bad", inputs=values, target=["p"], where="f.csv:9", split="train")]
-    with pytest.raises(DataError, match=f"f.csv:9: .*{words}"):
-        build(blobs, dataclasses.replace(frames_draft(), rows=rows))
+def test_leftovers_of_dead_generators_go_and_of_others_after_a_day(tmp_path):
+    blobs = LocalBlobs(tmp_path / "store")
+    names = {"once-aaaa-bbbb": 0, "c" * 32: 0, "d" * 32: 2}
+    for name, days in names.items():
+        started = f"2026-01-0{3 - days}T00:00:00+00:00" if days else "2999-01-01T00:00:00+00:00"
+        blobs.put(f"data/toy/building/{name}/build.json", json.dumps({"started": started}).encode())
+        blobs.put(f"data/toy/building/{name}/part-000000/run-000000", b"x")
+    make(blobs, words_draft())
+    assert blobs.children("data/toy/building") == ["c" * 32]
 
 
-def test_equal_inputs_have_one_hash(blobs):
-    rows = [
-        Row(entity=e, inputs=list(w), target=[t]) for e, w, t in (("x", "ab", "A"), ("x", "ab", "B"), ("y", "ba", "A"))
-    ]
-    _, manifest = build(blobs, dataclasses.replace(words_draft(), rows=rows))
-    hashes = dict(zip(manifest.columns["entity"].tolist(), manifest.columns["inputs"].tolist(), strict=True))
-    assert len(set(manifest.columns["inputs"].tolist())) == len(hashes) == 2
+def test_progress_counts_rows():
+    seen = []
+    means = dataclasses.replace(SMALL, progress=lambda *step: seen.append(step))
+    make(MemoryBlobs(), CutSource(words_draft(), [50]), means=means)
+    assert seen[:2] == [("read", 50, 0), ("read", 125, 125)]
+    assert seen[-1] == ("write", 125, 125)
 
 
-def test_a_constant_channel_stays_finite(blobs):
-    rows = [Row(entity=str(i), inputs=np.array([[7.0, 7.0, 7.0, 7.0 + i]] * 3), target=["p"]) for i in range(9)]
-    _, manifest = build(blobs, dataclasses.replace(frames_draft(), rows=rows))
-    batch = RowReader(blobs, manifest).batch(np.arange(9))
-    assert np.isfinite(batch.inputs).all()
-    assert not batch.inputs[..., :3].any()
-
-
-def test_a_limit_keeps_the_same_entities_whatever_the_order(blobs):
-    _, manifest = build(blobs, words_draft(), limit=20, valid=3, test=4)
-    _, again = build(blobs, words_draft(list(reversed(WORDS))), limit=20, valid=3, test=4)
-    assert [len(manifest.rows_of(split)) for split in ("train", "valid", "test")] == [13, 3, 4]
-    assert sorted(manifest.columns["entity"].tolist()) == sorted(again.columns["entity"].tolist())
-
-
-def test_unknown_symbols_of_other_splits_are_the_unknown_one(blobs):
-    rows = [Row(entity=w, inputs=list(w), target=["A"], split="train") for w in ("ab", "ba")]
-    rows.append(Row(entity="z", inputs=list("azb"), target=["A"], split="test"))
-    _, manifest = build(blobs, dataclasses.replace(words_draft(), rows=rows))
-    assert manifest.header.preprocessing.symbols == ("<unknown>", "a", "b")
-    assert RowReader(blobs, manifest).batch(manifest.rows_of("test")).inputs.tolist() == [[1, 0, 2]]
-
-
-def test_a_text_as_target_is_named(blobs):
-    rows = [Row(entity=str(i), inputs=list("ab"), target="AB") for i in range(3)]
-    with pytest.raises(DataError, match=r"target: got the text 'AB', expected a list of labels"):
-        build(blobs, dataclasses.replace(words_draft(), rows=rows))
+def test_sequences_of_one_label_are_sequences_whatever_stands_beside_them():
+    rows = [Row(entity=f"e{i}", inputs=["a"], target=["x"] * (1 + i // 4)) for i in range(8)]
+    draft = Draft(rows=rows, inputs=Tokens(), target=Labels(per=TargetPer.sequence), licence="none")
+    made = {make(MemoryBlobs(), CutSource(draft, cuts, per_chunk))[0] for cuts in ([], [4]) for per_chunk in (1, 8)}
+    assert len(made) == 1

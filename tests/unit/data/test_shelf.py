@@ -1,4 +1,4 @@
-"""Data sets by name and recipe."""
+"""Data sets by name and recipe, and rows that several of them share."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import dataclasses
 
 import pytest
 
-from treadle.data import (
-    Draft,
-    Manifest,
-    Row,
-    Tokens,
-    build_dataset,
+from treadle import wire
+from treadle.data.build import Means, build_dataset, build_rows
+from treadle.data.draft import Draft, Labels, Row, Tokens
+from treadle.data.manifest import Manifest
+from treadle.data.shelf import (
+    check_shards,
     find_dataset,
+    find_rows,
     load_manifest,
     note_dataset,
     recipe_digest,
+    rows_recipe,
 )
 from treadle.errors import DataError, IntegrityError
-from treadle.spec import DataSpec
+from treadle.spec import ColumnsSpec, DataSpec, Leak, Missing, OnBadRow, SplitBy, SplitSpec, TargetPer
+from treadle.store.local import LocalBlobs
 from treadle.testing import MemoryBlobs
 
 SPEC = DataSpec(name="toy", source="/here")
+COLUMNS = ColumnsSpec(inputs=["x"])
+SPLIT = SplitSpec(test=5)
 
 
 @pytest.fixture
@@ -31,46 +36,79 @@ def script(tmp_path):
     return path
 
 
-def build(blobs, words, **changes):
+def draft(words):
     rows = [Row(entity=w, inputs=list(w), target=["A"]) for w in words]
-    draft = Draft(rows=rows, inputs=Tokens(), labels=("A",), licence="none")
-    return build_dataset(draft, dataclasses.replace(SPEC, **changes), blobs, recipe="r")[0]
+    return Draft(rows=rows, inputs=Tokens(), target=Labels(per=TargetPer.sequence), licence="none")
 
 
-def test_a_recipe_is_the_data_section_and_the_script(script, tmp_path):
-    recipe = recipe_digest(SPEC, script)
-    assert recipe == recipe_digest(DataSpec(name="toy", source="/here"), script)
+def test_a_recipe_is_data_columns_split_and_script(script, tmp_path):
+    recipe = recipe_digest(SPEC, COLUMNS, SPLIT, script)
+    assert recipe == recipe_digest(DataSpec(name="toy", source="/here"), COLUMNS, SplitSpec(test=5), script)
     others = {
-        recipe_digest(dataclasses.replace(SPEC, **change), script)
-        for change in ({"valid": 1}, {"limit": 5}, {"source": "/there"}, {"seed": 1}, {"max_length": 7})
+        recipe_digest(dataclasses.replace(SPEC, **change), COLUMNS, SPLIT, script)
+        for change in (
+            {"limit": 5},
+            {"source": "/there"},
+            {"max_length": 7},
+            {"missing": Missing.mean},
+            {"gaps": True},
+            {"allow_leaks": [Leak.content]},
+        )
     }
-    assert len(others | {recipe}) == 6
+    others |= {
+        recipe_digest(SPEC, COLUMNS, dataclasses.replace(SPLIT, **change), script)
+        for change in ({"valid": 1}, {"seed": 1}, {"by": SplitBy.time})
+    }
+    others |= {recipe_digest(SPEC, ColumnsSpec(inputs=["y"]), SPLIT, script), recipe_digest(SPEC, COLUMNS, SPLIT, None)}
+    assert len(others | {recipe}) == 12
     elsewhere = tmp_path / "copy.py"
     elsewhere.write_text(script.read_text())
-    assert recipe_digest(SPEC, elsewhere) == recipe
+    assert recipe_digest(SPEC, COLUMNS, SPLIT, elsewhere) == recipe
     script.write_text("a = 2\n")
-    assert recipe_digest(SPEC, script) != recipe
+    assert recipe_digest(SPEC, COLUMNS, SPLIT, script) != recipe
+
+
+def test_rows_have_one_recipe_whatever_is_made_of_them(script):
+    for used in (script, None):
+        recipe = rows_recipe(SPEC, COLUMNS, used)
+        assert recipe != recipe_digest(SPEC, COLUMNS, SplitSpec(), used)
+        assert rows_recipe(dataclasses.replace(SPEC, allow_leaks=[Leak.content]), COLUMNS, used) == recipe
+        for change in ({"limit": 5}, {"max_length": 7}, {"on_bad_row": OnBadRow.quarantine}, {"missing": Missing.mean}):
+            assert rows_recipe(dataclasses.replace(SPEC, **change), COLUMNS, used) != recipe
+    declared = rows_recipe(SPEC, COLUMNS, None)
+    assert rows_recipe(dataclasses.replace(SPEC, gaps=True), COLUMNS, None) == declared
+    kinds = {rows_recipe(dataclasses.replace(SPEC, missing=missing), COLUMNS, None) for missing in Missing}
+    assert len(kinds) == 2  # NaN is a row's fault or not; what becomes of it is not the rows' matter
+    assert len({rows_recipe(dataclasses.replace(SPEC, missing=m), COLUMNS, script) for m in Missing}) == 3
 
 
 def test_where_pinned_files_come_from_does_not_count(script):
     pinned = dataclasses.replace(SPEC, sha256={"a": "00"})
-    assert recipe_digest(pinned, script) == recipe_digest(dataclasses.replace(pinned, source="/there"), script)
+    there = dataclasses.replace(pinned, source="/there")
+    assert recipe_digest(pinned, COLUMNS, SPLIT, script) == recipe_digest(there, COLUMNS, SPLIT, script)
+    assert rows_recipe(pinned, COLUMNS, None) == rows_recipe(there, COLUMNS, None)
     other = dataclasses.replace(pinned, sha256={"a": "01"})
-    assert recipe_digest(pinned, script) != recipe_digest(other, script)
+    assert recipe_digest(pinned, COLUMNS, SPLIT, script) != recipe_digest(other, COLUMNS, SPLIT, script)
 
 
 def test_recipes_of_one_name_live_side_by_side():
     blobs = MemoryBlobs()
-    first, second = build(blobs, ["ab", "cd"]), build(blobs, ["ab", "cd", "ef"])
+    first = build_dataset(draft(["ab", "cd"]), SPEC, blobs, recipe="r")[0]
+    second = build_dataset(draft(["ab", "cd", "ef"]), SPEC, blobs, recipe="r")[0]
     note_dataset(blobs, "toy", "r1", first)
     note_dataset(blobs, "toy", "r2", second)
     assert first != second
     assert find_dataset(blobs, "toy", "r1", job="toy") == first
     assert find_dataset(blobs, "toy", "r2", job="toy") == second
-    assert len(load_manifest(blobs, "toy", first).columns["length"]) == 2
-    assert len(load_manifest(blobs, "toy", second).columns["length"]) == 3
+    assert load_manifest(blobs, "toy", first).num_rows == 2
+    assert load_manifest(blobs, "toy", second).num_rows == 3
     note_dataset(blobs, "toy", "r1", second)
     assert find_dataset(blobs, "toy", "r1", job="toy") == second
+    note = wire.parse_json(blobs.get("data/toy/recipes/r1.json"), where="note")
+    assert note["made_at"].startswith("20")
+    blobs.put("data/toy/recipes/r1.json", b"{}")
+    with pytest.raises(IntegrityError, match=r"recipes/r1\.json: not a note"):
+        find_dataset(blobs, "toy", "r1", job="toy")
 
 
 def test_what_was_not_prepared_is_said_with_the_command():
@@ -83,7 +121,7 @@ def test_what_was_not_prepared_is_said_with_the_command():
 
 def test_damage_is_found_by_digest():
     blobs = MemoryBlobs()
-    digest = build(blobs, ["ab", "cd"])
+    digest = build_dataset(draft(["ab", "cd"]), SPEC, blobs, recipe="r")[0]
     key = f"data/toy/manifests/{digest}.arrow"
     data = bytearray(blobs.get(key))
     for place in range(0, len(data), 97):
@@ -95,11 +133,59 @@ def test_damage_is_found_by_digest():
 
 
 def test_bytes_that_are_no_manifest_are_refused_though_their_digest_fits():
-    import hashlib
-
     for data in (b"", b"ARROW1\0\0 and no more"):
         with pytest.raises(IntegrityError, match="not a manifest"):
-            Manifest.from_bytes(data, where="m", digest=hashlib.sha256(data).hexdigest())
+            Manifest.from_bytes(data, where="m", digest=wire.digest(data))
+
+
+@pytest.fixture
+def built(tmp_path):
+    """A store with noted rows of several shards."""
+    blobs = LocalBlobs(tmp_path / "store")
+    words = [f"{i:04b}" for i in range(200)]
+    digest, rows = build_rows(draft(words), SPEC, blobs, recipe="r", means=Means(shard_bytes=2000, block_bytes=500))
+    note_dataset(blobs, "toy", "rows", digest)
+    return blobs, rows
+
+
+def test_rows_are_found_while_all_of_them_are_there(built):
+    blobs, rows = built
+    found = find_rows(blobs, "toy", "rows")
+    assert found is not None
+    assert found.header == rows.header
+    assert find_rows(blobs, "toy", "other") is None
+    blobs.delete(rows.header.blocks[-1].key)
+    assert find_rows(blobs, "toy", "rows") is None
+
+
+def test_rows_whose_manifest_is_damaged_or_gone_are_not_found(built):
+    blobs, _ = built
+    (entry,) = blobs.list("data/toy/rows/")
+    data = blobs.get(entry.key)
+    blobs.put(entry.key, data[:-1] + b"x")
+    assert find_rows(blobs, "toy", "rows") is None
+    blobs.delete(entry.key)
+    assert find_rows(blobs, "toy", "rows") is None
+
+
+def test_shards_that_are_short_gone_or_linked_are_named(built, tmp_path):
+    blobs, rows = built
+    check_shards(blobs, rows)
+    key = rows.header.blocks[0].key
+    path = blobs.local_path(key)
+    data = path.read_bytes()
+    end = max(b.offset + b.size for b in rows.header.blocks if b.key == key)
+    path.write_bytes(data[: end - 1])
+    with pytest.raises(IntegrityError, match=f"{key}: got {end - 1} bytes, expected {end} bytes or more"):
+        check_shards(blobs, rows)
+    path.unlink()
+    with pytest.raises(IntegrityError, match=f"{key}: got no such file"):
+        check_shards(blobs, rows)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(data)
+    path.symlink_to(elsewhere)
+    with pytest.raises(IntegrityError, match=f"{key}: .*symbolic link"):
+        check_shards(blobs, rows)
 
 
 def test_a_card_counts_entities_and_what_alignments_need():
@@ -109,12 +195,10 @@ def test_a_card_counts_entities_and_what_alignments_need():
         Row(entity="x", inputs=list("abc"), target=list("AB")),
         Row(entity="y", inputs=list("b"), target=list("BBB")),
     ]
-    draft = Draft(rows=rows, inputs=Tokens(), labels=("A", "B"), licence="none")
-    _, manifest = build_dataset(draft, SPEC, blobs, recipe="r")
-    card = manifest.card("d")
-    assert (card.name, card.digest) == ("toy", "d")
-    train = card.splits["train"]
+    made = Draft(rows=rows, inputs=Tokens(), target=Labels(names=("A", "B"), per=TargetPer.sequence), licence="none")
+    _, manifest = build_dataset(made, SPEC, blobs, recipe="r")
+    train = manifest.card("d").splits["train"]
     assert train.num_entities == 2
     assert sorted(zip(train.lengths_N.tolist(), train.label_frames_N.tolist(), strict=True)) == [(1, 5), (3, 2), (3, 4)]
-    assert card.signature.input_size == 4  # three letters and the unknown one
-    assert len(card.splits["test"].lengths_N) == 0
+    assert manifest.card("d").signature.input_size == 4  # three letters and the unknown one
+    assert len(manifest.card("d").splits["test"].lengths_N) == 0
