@@ -10,7 +10,7 @@ from treadle.store import Runs
 __all__ = ["freeze", "read_job"]
 
 _SPEC = ("job", 1)
-_PLAN = ("plan", 1)
+_PLAN = ("plan", 2)
 
 
 def freeze(spec: JobSpec, plan: Plan) -> tuple[bytes, bytes]:

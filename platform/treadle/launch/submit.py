@@ -4,46 +4,97 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from treadle.data import Draft, build_dataset, find_dataset, load_manifest, note_dataset, recipe_digest
+from treadle.data import (
+    Draft,
+    Manifest,
+    Means,
+    Origin,
+    build_rows,
+    build_view,
+    find_dataset,
+    find_rows,
+    load_manifest,
+    note_dataset,
+    open_source,
+    recipe_digest,
+    rows_recipe,
+)
 from treadle.errors import ConfigError, DataError, TreadleError
+from treadle.launch.datasets import find_data, script_of
 from treadle.launch.records import freeze
+from treadle.launch.spread import build_means
 from treadle.launch.surroundings import code_facts
 from treadle.plan import Capacity, Plan, make_plan
-from treadle.spec import JobSpec
+from treadle.spec import JobSpec, Layout
 from treadle.store import Backend, Blobs, RunRecord, Runs
 
 __all__ = ["create_run", "plan_job", "prepare_data"]
 
-SCRIPT = "prepare.py"
-
 
 def prepare_data(
-    spec: JobSpec, folder: Path, blobs: Blobs, *, again: bool, progress: Callable[[str, int, int], None]
+    spec: JobSpec,
+    folder: Path,
+    blobs: Blobs,
+    *,
+    again: bool,
+    progress: Callable[[str, int, int], None],
+    on_ray: bool | None = None,
 ) -> tuple[str, bool]:
     """The digest of the job's data set, and whether it had to be made.
 
+    Where the same rows were prepared before, they are only split, fitted and audited anew; no shard is written.
+
     Args:
-        folder: of the job; holds prepare.py with `prepare(spec: DataSpec) -> Draft`.
+        folder: of the job; holds prepare.py with `prepare(spec: DataSpec) -> Draft`, unless `columns` says what the
+            columns of the source are.
         again: make it even where the same recipe was prepared before.
+        progress: called with (stage, rows done, rows in all; 0 where that is not known yet).
+        on_ray: sort and write on the Ray cluster of this process, or that RAY_ADDRESS names; None: if that is set.
 
     Raises:
-        ConfigError: no usable prepare.py. DataError, IntegrityError: bad or missing source.
+        ConfigError: neither a usable prepare.py nor columns. DataError, IntegrityError: bad or missing source.
     """
-    script = folder / SCRIPT
-    if not script.is_file():
-        raise ConfigError(f"{script}: not found", hint="a job prepares its data with a `prepare(spec) -> Draft` there")
-    recipe = recipe_digest(spec.data, script)
+    script = script_of(spec, folder)
+    name = spec.data.name
+    recipe = recipe_digest(spec.data, spec.columns, spec.split, script)
     if not again:
         try:
-            return find_dataset(blobs, spec.data.name, recipe, job=spec.name), False
+            return find_dataset(blobs, name, recipe, job=spec.name), False
         except DataError:
             pass
+    of_rows = rows_recipe(spec.data, spec.columns, script)
+    rows = None if again else find_rows(blobs, name, of_rows)
+    if rows is None:
+        with build_means(blobs.uri, progress, on_ray=on_ray) as means:
+            digest, rows = _make_rows(spec, script, blobs, of_rows, means)
+        note_dataset(blobs, name, of_rows, digest)
+    digest, _ = build_view(rows, spec.data, spec.split, blobs, recipe=recipe)
+    note_dataset(blobs, name, recipe, digest)
+    return digest, True
+
+
+def _make_rows(spec: JobSpec, script: Path | None, blobs: Blobs, recipe: str, means: Means) -> tuple[str, Manifest]:
+    if script is not None:
+        return _make_from_script(spec, script, blobs, recipe, means)
+    with tempfile.TemporaryDirectory(prefix="treadle-source-") as scratch:
+
+        def grouped(done: int, total: int) -> None:
+            means.progress("group bytes", done, total)
+
+        source = open_source(spec.data, spec.columns, scratch=Path(scratch), progress=grouped)
+        is_here = spec.columns.layout is Layout.events or str(spec.data.source).startswith(("http://", "https://"))
+        origin = Origin(licence=spec.data.licence, source=spec.data.sha256 or source.digests(), is_here=is_here)
+        return build_rows(source, spec.data, blobs, recipe=recipe, origin=origin, means=means)
+
+
+def _make_from_script(spec: JobSpec, script: Path, blobs: Blobs, recipe: str, means: Means) -> tuple[str, Manifest]:
     module = _load(script)
     prepare = getattr(module, "prepare", None)
     if not callable(prepare):
@@ -52,15 +103,13 @@ def prepare_data(
         draft: Any = prepare(spec.data)
         if not isinstance(draft, Draft):
             raise ConfigError(f"{script}: prepare() gave {type(draft).__name__}, expected treadle.data.Draft")
-        digest, _ = build_dataset(draft, spec.data, blobs, recipe=recipe, progress=progress)
+        return build_rows(draft, spec.data, blobs, recipe=recipe, means=means)
     except TreadleError:
         raise
     except Exception as error:  # the script is the user's: whatever it raises is about the data
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         raise DataError(f"{script}: {type(error).__name__}: {error} (at {where})") from error
-    note_dataset(blobs, spec.data.name, recipe, digest)
-    return digest, True
 
 
 def plan_job(spec: JobSpec, folder: Path, blobs: Blobs, capacity: Capacity, *, asked: str) -> Plan:
@@ -72,7 +121,7 @@ def plan_job(spec: JobSpec, folder: Path, blobs: Blobs, capacity: Capacity, *, a
     Raises:
         DataError: they are not; the hint is the command. Otherwise what `make_plan` raises.
     """
-    digest = find_dataset(blobs, spec.data.name, recipe_digest(spec.data, folder / SCRIPT), job=asked)
+    digest = find_data(spec, folder, blobs, asked=asked)
     card = load_manifest(blobs, spec.data.name, digest).card(digest)
     return make_plan(spec, card, capacity)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import fields
 
+from treadle.launch.words import augment_words, split_words
 from treadle.plan import Plan
 from treadle.spec import JobSpec, ModelSpec
 from treadle.units import format_bytes, format_count
@@ -32,6 +33,8 @@ def plan_text(spec: JobSpec, plan: Plan) -> str:
     device = "GPU" if spec.cluster.gpus_per_worker else "CPU"
     ranks = "1 rank in the driver" if spec.cluster.workers == 0 else f"{plan.world} Ray Train workers"
     step = f"{plan.rows_per_update:.0f} rows"
+    counts = spec.batch.budget.value
+    found = "" if plan.slots_found == "given" else f" ({spec.batch.max_slots}: {plan.slots_found})"
     lines = {
         "job": f"{spec.name}: {spec.summary}" if spec.summary else spec.name,
         "model": f"{directions}{model.kind}, {model.num_layers} x {model.hidden_size}, "
@@ -39,10 +42,12 @@ def plan_text(spec: JobSpec, plan: Plan) -> str:
         **({"layers": chosen} if (chosen := _chosen(model)) else {}),
         "data": f"{spec.data.name} {plan.data_digest[:12]}: {plan.train_rows:,} rows to train on, "
         f"{plan.valid_rows:,} to watch, {plan.test_rows:,} to test",
+        "split": split_words(spec.split),
         "lengths": f"{plan.length_min} to {plan.length_max} time steps, median {plan.length_median}, "
         f"99 % up to {plan.length_p99}; {format_count(plan.train_frames)} frames an epoch",
         "batches": f"{plan.updates_per_epoch:,} updates an epoch of {step}, fill {plan.fill:.1%}, "
-        f"at most {plan.worst_slots:,} slots of {spec.batch.slots:,}",
+        f"at most {plan.worst_slots:,} {counts} of {plan.max_slots:,}{found}",
+        **({"augment": changes} if (changes := augment_words(spec.augment)) else {}),
         "training": f"{spec.train.epochs} epochs, about {plan.num_updates:,} updates, {spec.optim.kind} "
         f"at {spec.optim.lr:g} {spec.optim.schedule.value}, precision {spec.precision.mode.value}",
         "workers": f"{ranks} on the {device}, {spec.cluster.cpus_per_worker} CPU each, "

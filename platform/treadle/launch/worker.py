@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from treadle.data import Manifest
+    from treadle.launch.assemble import Surroundings
     from treadle.spec import JobSpec
     from treadle.store import Blobs, Checkpoints, Runs
     from treadle.track import RunTracker
-    from treadle.train import Evaluation, Outcome, Run, TrainState, World
+    from treadle.train import Evaluation, Outcome, TrainState, World
 
 __all__ = ["Assignment", "train_rank"]
 
@@ -51,8 +52,10 @@ def train_rank(assignment: Assignment, world: World) -> dict[str, Any]:
     """
     import torch
 
+    from treadle.launch.assemble import Surroundings, assemble
     from treadle.launch.records import read_job
     from treadle.store import Checkpoints, Runs, open_blobs
+    from treadle.track import NullTracker
     from treadle.train import fit
 
     blobs = open_blobs(assignment.store)
@@ -74,11 +77,23 @@ def train_rank(assignment: Assignment, world: World) -> dict[str, Any]:
     control = _Mailbox(runs, assignment) if is_first else None
     saver = _Saver(checkpoints, spec, tracker) if is_first else None
     try:
-        run, manifest = _build(assignment, blobs, spec, plan, world, checkpoints, tracker, control, saver)
-        outcome = fit(run)
+        around = Surroundings(
+            blobs=blobs,
+            run=assignment.run,
+            spec=spec,
+            plan=plan,
+            world=world,
+            checkpoints=checkpoints,
+            saver=saver or _NoSaver(),
+            control=control or _NoMailbox(),
+            track=tracker or NullTracker(),
+        )
+        run, manifest, reader = assemble(around)
+        with reader:
+            outcome = fit(run)
         summary = {"status": outcome.status, "update": outcome.state.update, "metrics": {}, "model_version": None}
         if tracker is not None and outcome.status == "finished":
-            summary |= _keep_model(assignment, blobs, run, manifest, plan.data_digest, outcome)
+            summary |= _keep_model(around, assignment, run.network, manifest, outcome)
             tracker.event("registered", model=spec.name, version=summary["model_version"])
         if tracker is not None:
             tracker.close(outcome.status)
@@ -95,87 +110,6 @@ def train_rank(assignment: Assignment, world: World) -> dict[str, Any]:
         for part in (control, saver):
             if part is not None:
                 part.close()
-
-
-def _build(
-    assignment: Assignment,
-    blobs: Blobs,
-    spec: JobSpec,
-    plan: Any,
-    world: World,
-    checkpoints: Checkpoints,
-    tracker: RunTracker | None,
-    control: _Mailbox | None,
-    saver: _Saver | None,
-) -> tuple[Run, Manifest]:
-    import torch
-
-    from treadle import wire
-    from treadle.data import RowReader, load_manifest
-    from treadle.errors import InternalError, TransientError
-    from treadle.nn import build_network
-    from treadle.track import NullTracker
-    from treadle.train import (
-        Evaluator,
-        Feed,
-        PrecisionChoice,
-        Run,
-        TrainState,
-        build_optimizer,
-        build_task,
-        choose_precision,
-        unpack,
-    )
-
-    manifest = load_manifest(blobs, spec.data.name, plan.data_digest)
-    reader = RowReader(blobs, manifest)
-    task = build_task(spec.task, plan.signature.num_labels)
-    torch.manual_seed(spec.train.seed)
-    network = build_network(spec.model, spec.task, plan.signature).to(world.device)
-    optimizer = build_optimizer(spec.optim, network)
-    feed = Feed(spec, manifest, reader, lanes=plan.lanes, world=world)
-    batches = feed.plan(0).digest
-    if not world.agree(batches) or batches != plan.batch_digest:
-        raise InternalError("batches: this rank plans other batches than the plan says; do all nodes run one version?")
-    track = tracker or NullTracker()
-    state = TrainState()
-    found = checkpoints.restore()
-    if not world.agree(wire.digest(found[0].prefix if found else "")):
-        raise TransientError("checkpoint: the ranks read different ones", hint=f"treadle resume {assignment.run}")
-    if found is not None:
-        kept, files = found
-        unpack(files, network, optimizer)
-        state = TrainState.from_json(kept.state, where=f"{kept.prefix}: state")
-        track.event("restored", update=state.update, epoch=state.epoch)
-        precision = PrecisionChoice(
-            name=state.precision, device=world.device.type, why="as before the restart", probe_ms={}
-        )
-    else:
-        precision = choose_precision(spec.precision.mode, network, task, feed.largest(), world)
-        state = TrainState(precision=precision.name)
-    track.event("precision", format=precision.name, why=precision.why, probe_ms=precision.probe_ms)
-    world.share_weights(network)
-
-    def evaluator(split: str) -> Evaluator:
-        return Evaluator(spec, manifest, reader, split=split, task=task, world=world)
-
-    run = Run(
-        spec=spec,
-        world=world,
-        task=task,
-        network=network,
-        optimizer=optimizer,
-        precision=precision,
-        feed=feed,
-        valid=evaluator("valid"),
-        test=evaluator("test"),
-        checkpoints=saver or _NoSaver(),
-        control=control or _NoMailbox(),
-        track=track,
-        start=state,
-        log_every_s=spec.train.log_every_s,
-    )
-    return run, manifest
 
 
 def _tracker(assignment: Assignment, blobs: Blobs, spec: JobSpec, plan: Any) -> RunTracker:
@@ -227,7 +161,7 @@ def _request_stop(blobs: Blobs, run: str) -> None:
 
 
 def _keep_model(
-    assignment: Assignment, blobs: Blobs, run: Run, manifest: Manifest, data_digest: str, outcome: Outcome
+    around: Surroundings, assignment: Assignment, network: nn.Module, manifest: Manifest, outcome: Outcome
 ) -> dict[str, Any]:
     """Write the model's files below the run and register them; registering copies nothing."""
     from treadle import wire
@@ -236,19 +170,19 @@ def _keep_model(
     from treadle.store import Code, ModelDraft, ModelFile, Registry
     from treadle.train import ModelConfig, export_network
 
-    spec, header = run.spec, manifest.header
-    signature = header.preprocessing.signature(header.max_length)
+    spec, blobs, header, preprocessing = around.spec, around.blobs, manifest.header, manifest.preprocessing
+    signature = preprocessing.signature(header.max_length)
     config = ModelConfig(
         name=spec.name,
         model=spec.model,
         task=spec.task,
         signature=signature,
-        preprocessing=header.preprocessing,
+        preprocessing=preprocessing,
         serve=spec.serve,
     )
     metrics = {f"test/{name}": value for name, value in outcome.test.metrics.items()} if outcome.test else {}
-    files = export_network(run.network, config)
-    files["eval.json"] = _evaluation_json(outcome.test, header.preprocessing.labels)
+    files = export_network(network, config)
+    files["eval.json"] = _evaluation_json(outcome.test, preprocessing.labels)
     files["card.md"] = model_card(spec, header, metrics, assignment.run).encode()
     folder = f"runs/{assignment.run}/model-a{assignment.attempt}"
     kept = {}
@@ -262,7 +196,7 @@ def _keep_model(
             files=kept,
             signature=wire.encode(signature),
             spec_digest=spec.digest,
-            data_digest=data_digest,
+            data_digest=around.plan.data_digest,
             code=Code(**assignment.code),
             environment_digest=environment_digest(),
             metrics=metrics,

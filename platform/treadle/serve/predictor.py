@@ -14,7 +14,7 @@ from torch import nn
 
 from treadle import wire
 from treadle.data import Batch
-from treadle.data.loader import collate_inputs
+from treadle.data.collate import collate_inputs
 from treadle.errors import IntegrityError
 from treadle.serve.inputs import Encoded, Reader
 from treadle.spec import ClassifySpec, ServeSpec
@@ -116,6 +116,7 @@ class Predictor:
             labels_BU=np.zeros((len(rows), 0), np.int64),
             label_lengths_B=nothing_B,
             rows_B=nothing_B,
+            weights_B=np.ones(len(rows), np.float32),
         )
         with torch.inference_mode():
             logits = run_network(self._network, batch, _CPU)

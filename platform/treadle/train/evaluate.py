@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from treadle.data import Manifest, RowReader, ahead
+from treadle.data import Batch, Buffers, Form, Lease, Manifest, RowReader, ahead
 from treadle.plan import plan_epoch
 from treadle.spec import BatchSpec, JobSpec
 from treadle.train.precision import PrecisionChoice
@@ -54,23 +55,38 @@ class Evaluator:
     """Evaluates on one split. Rows of one entity with equal inputs are one question; any of their targets is right.
 
     Rows are dealt to the ranks sorted by length without noise, so that nearly nothing is padded.
+
+    Args:
+        spec: with a number of slots.
+        form: packed, where the network takes that without laying it out anew.
     """
 
     def __init__(
-        self, spec: JobSpec, manifest: Manifest, reader: RowReader, *, split: str, task: Task, world: World
+        self,
+        spec: JobSpec,
+        manifest: Manifest,
+        reader: RowReader,
+        *,
+        split: str,
+        task: Task,
+        world: World,
+        form: Form = Form.padded,
     ) -> None:
         self._task = task
         self._reader = reader
         self._world = world
-        self._labels = manifest.header.preprocessing.labels
-        self._symbols = manifest.header.preprocessing.symbols
+        self._form = form
+        self._buffers = Buffers()
+        self._labels = manifest.preprocessing.labels
+        self._symbols = manifest.header.content.symbols
         rows = manifest.rows_of(split)
         entities, inputs = manifest.columns["entity"][rows], manifest.columns["inputs"][rows]
         order = np.lexsort((inputs, entities))
         changes = (np.diff(entities[order]) != 0) | (np.diff(inputs[order]) != 0)
         self._alternatives = np.split(rows[order], np.flatnonzero(changes) + 1) if len(rows) else []
         self._lengths = manifest.columns["length"]
-        self._batch = BatchSpec(slots=max(spec.batch.slots, self._longest()), max_rows=spec.batch.max_rows, noise=0.0)
+        slots = str(max(spec.batch.slots, self._longest()))
+        self._batch = BatchSpec(max_slots=slots, max_rows=spec.batch.max_rows, noise=0.0)
 
     def __len__(self) -> int:
         return len(self._alternatives)
@@ -81,24 +97,24 @@ class Evaluator:
         scores, samples = Scores(self._task.num_labels), []
         was_training = network.training
         network.eval()
-        for groups, batch in ahead(self._batches):
+        for groups, batch, lease in ahead(self._batches):
             with precision.autocast():
                 logits = run_network(network, batch, self._world.device)
                 loss = self._task.loss_sum(logits, batch)
             scores.loss_sum += float(loss)
             scores.loss_count += self._task.count(batch)
             answers = self._task.answers(logits, torch.from_numpy(batch.lengths_B))
-            for group, answer in zip(groups, answers, strict=True):
-                references = self._references(group)
+            for group, references, answer in zip(groups, self._references(groups), answers, strict=True):
                 scores.add(self._task.score(answer, references))
                 samples.append((group, references, answer))
+            lease.release()  # the loss has been read: a device has what it needed
         network.train(was_training)
         return self._summed(scores, samples)
 
     def _longest(self) -> int:
         return max((int(self._lengths[group[0]]) for group in self._alternatives), default=1)
 
-    def _batches(self) -> Iterator[tuple[list[NDArray[np.int64]], object]]:
+    def _batches(self) -> Iterator[tuple[list[NDArray[np.int64]], Batch, Lease]]:
         if not self._alternatives:
             return
         firsts = np.array([group[0] for group in self._alternatives], np.int64)
@@ -107,11 +123,15 @@ class Evaluator:
         for number in range(plan.num_rounds):
             rows = plan.lane_rows(number, self._world.rank)
             if len(rows):
-                yield [self._alternatives[i] for i in rows], self._reader.batch(firsts[rows])
+                lease = self._buffers.lease()
+                batch = self._reader.batch(firsts[rows], form=self._form, lease=lease)
+                yield [self._alternatives[i] for i in rows], batch, lease
 
-    def _references(self, group: NDArray[np.int64]) -> list[tuple[int, ...]]:
-        batch = self._reader.batch(group)
-        return [tuple(row[:n].tolist()) for row, n in zip(batch.labels_BU, batch.label_lengths_B, strict=True)]
+    def _references(self, groups: list[NDArray[np.int64]]) -> list[list[tuple[int, ...]]]:
+        """The accepted labels of each group."""
+        labels_BU, lengths_B = self._reader.labels(np.concatenate(groups))
+        found = iter([tuple(row[:n].tolist()) for row, n in zip(labels_BU, lengths_B, strict=True)])
+        return [list(itertools.islice(found, len(group))) for group in groups]
 
     def _summed(
         self, scores: Scores, samples: list[tuple[NDArray[np.int64], list[tuple[int, ...]], Answer]]
@@ -131,7 +151,7 @@ class Evaluator:
     def _inputs(self, group: NDArray[np.int64]) -> tuple[str, ...]:
         if not self._symbols:
             return (self._reader.entity(int(group[0])), f"{self._lengths[group[0]]} frames")
-        return tuple(self._symbols[i] for i in self._reader.batch(group[:1]).inputs[0])
+        return tuple(self._symbols[i] for i in self._reader.raw(group[:1]).values)
 
     def _sample(self, group: NDArray[np.int64], references: list[tuple[int, ...]], answer: Answer) -> Sample:
         return Sample(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from treadle import wire
+from treadle.data import Form
 from treadle.errors import DivergenceError
+from treadle.nn import Network, PieceReader, train_in_chunks
 from treadle.spec import JobSpec
 from treadle.track import Tracker
 from treadle.train.evaluate import Evaluation, Evaluator
@@ -93,15 +96,12 @@ def fit(run: Run) -> Outcome:
     """
     state, meters = run.start, Meters(run)
     for update in meters.waiting(run.feed.starting_at(state.epoch, state.index)):
-        count = run.task.normaliser(frames=update.frames, rows=update.rows)
+        count = run.task.normaliser(frames=update.weighted_frames, rows=update.weighted_rows)
         run.network.train()
-        for micro in update.micros:
-            seed_dropout(run, state, micro)
-            with run.precision.autocast():
-                loss = run.task.loss_sum(run_network(run.network, micro.batch, run.world.device), micro.batch)
+        for micros in by_rows(update.micros):
+            seed_dropout(run, state, micros[0])
             # A sum over one count of all ranks: neither padding nor the split into batches can bias it.
-            (loss / count).backward()
-            meters.add_loss(loss.detach())
+            meters.add_loss(go_back(run, micros, count))
         stop, save, log = run.world.sum_gradients(run.network, _signals(run, state, meters))
         norm = clip_gradients(run)
         rate = learning_rate(run.spec.optim, progress(run.spec, update))
@@ -126,6 +126,38 @@ def fit(run: Run) -> Outcome:
         run.track.log(state.update, {f"test/{name}": value for name, value in test.metrics.items()})
     run.checkpoints.wait()
     return Outcome(status="finished", state=state, test=test)
+
+
+def by_rows(micros: Sequence[Micro]) -> list[tuple[Micro, ...]]:
+    """Microbatches, those that are pieces of the same rows together."""
+    groups = itertools.groupby(micros, key=lambda micro: (micro.number, micro.lane))
+    return [tuple(group) for _, group in groups]
+
+
+def go_back(run: Run, micros: Sequence[Micro], count: float) -> Tensor:
+    """Add the gradients of a microbatch, or of the row that several are the pieces of; give its summed loss.
+
+    Pieces give the gradients of the whole row in the memory of one (tests/unit/train/test_long_rows.py).
+    """
+    last = micros[-1].batch
+    if len(micros) == 1:
+        with run.precision.autocast():
+            loss = run.task.loss_sum(run_network(run.network, last, run.world.device), last)
+        (loss / count).backward()
+        return loss.detach()
+    assert isinstance(run.network, Network)
+    reader = PieceReader(network=run.network)
+
+    def piece(index: int, before: Any) -> tuple[Tensor | None, Any]:
+        batch = micros[index].batch
+        x = torch.from_numpy(batch.inputs).to(run.world.device)
+        x_1TD = x[None] if batch.form is Form.packed else x  # a row too long to be read at once is alone
+        with run.precision.autocast():
+            after = reader.read(x_1TD, torch.from_numpy(batch.lengths_B), before)
+            loss = None if batch is not last else run.task.loss_sum(reader.logits(after), last) / count
+        return loss, after
+
+    return train_in_chunks(piece, len(micros)).loss_sum * count
 
 
 def _signals(run: Run, state: TrainState, meters: Meters) -> tuple[float, float, float]:

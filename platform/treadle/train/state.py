@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from treadle import wire
 from treadle.errors import IntegrityError
+from treadle.plan import PlanInputs, Position, check_position
 
 __all__ = ["TrainState", "load_weights", "pack", "snapshot", "unpack"]
 
@@ -28,6 +29,8 @@ class TrainState:
         update: optimizer steps taken. epoch, index: the position of the next update.
         frames_seen: real time steps trained on.
         precision: the format in use, so that a resumed run keeps it.
+        inputs: what decided the batches, so that a resumed run goes on with the same; None in checkpoints that were
+            written before it was kept.
     """
 
     update: int = 0
@@ -35,6 +38,16 @@ class TrainState:
     index: int = 0
     frames_seen: int = 0
     precision: str = ""
+    inputs: PlanInputs | None = None
+
+    def check(self, inputs: PlanInputs) -> None:
+        """Nothing, where the batches that `inputs` make are those of this state, or it does not say of which it is.
+
+        Raises:
+            ConfigError: a line for each input that is another.
+        """
+        if self.inputs is not None:
+            check_position(Position(epoch=self.epoch, update=self.index, inputs=self.inputs), inputs)
 
     def advanced(self, frames: int, *, is_last_of_epoch: bool) -> TrainState:
         """The state after one more update."""

@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from treadle.data import Batch
+from treadle.data import Batch, Form
 from treadle.nn import classify_loss_sum, ctc_greedy, ctc_loss_sum
-from treadle.spec import ClassifySpec, CtcSpec, TaskSpec
+from treadle.plan import SplitCard
+from treadle.spec import ClassifySpec, ClassWeights, CtcSpec, TaskSpec
 from treadle.train.align import align
 
-__all__ = ["Answer", "Task", "build_task"]
+__all__ = ["Answer", "Task", "build_task", "class_weights", "run_network"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,12 @@ class Task(ABC):
         self.num_labels = num_labels
 
     @abstractmethod
-    def normaliser(self, *, frames: int, rows: int) -> float:
-        """What the summed loss of so many time steps in so many rows is divided by: label frames, or rows."""
+    def normaliser(self, *, frames: float, rows: float) -> float:
+        """What the summed loss of so many time steps in so many rows is divided by: label frames, or rows.
+
+        Args:
+            frames, rows: counted by the weights of the rows, so that what is left is a weighted mean.
+        """
 
     @abstractmethod
     def count(self, batch: Batch) -> float:
@@ -51,7 +56,16 @@ class Task(ABC):
 
     @abstractmethod
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The summed loss of a batch; rows whose target has no alignment add nothing."""
+        """The loss of each row times what it counts, summed; rows whose target has no alignment add nothing."""
+
+    def row_weights(self, weights_B: NDArray[np.float32], labels_B: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What each row counts in the loss.
+
+        Args:
+            weights_B: of the data set. labels_B: of each row, where there is one per row, else anything.
+        """
+        del labels_B
+        return weights_B.astype(np.float64)
 
     @abstractmethod
     def answers(self, logits: Tensor, lengths_B: Tensor) -> list[Answer]:
@@ -114,12 +128,13 @@ class CtcTask(Task):
         super().__init__(num_labels)
         self.spec = spec
 
-    def normaliser(self, *, frames: int, rows: int) -> float:
+    def normaliser(self, *, frames: float, rows: float) -> float:
         return float(frames * self.spec.frames_per_step)
 
     def count(self, batch: Batch) -> float:
         kept = self._aligned(batch)
-        return self.normaliser(frames=int(batch.lengths_B[kept].sum()), rows=int(kept.sum()))
+        weights_B = batch.weights_B[kept].astype(np.float64)
+        return self.normaliser(frames=float(weights_B @ batch.lengths_B[kept]), rows=float(weights_B.sum()))
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         kept = self._aligned(batch)
@@ -130,7 +145,8 @@ class CtcTask(Task):
         lengths = torch.from_numpy(batch.lengths_B[kept]) * self.spec.frames_per_step
         targets_BU = torch.from_numpy(batch.labels_BU[kept]) + 1  # 0 is the blank
         target_lengths = torch.from_numpy(batch.label_lengths_B[kept])
-        return ctc_loss_sum(logits, lengths, targets_BU.to(logits.device), target_lengths)
+        weights_B = _weights_on(logits.device, batch.weights_B[kept])
+        return ctc_loss_sum(logits, lengths, targets_BU.to(logits.device), target_lengths, weights_B)
 
     def _aligned(self, batch: Batch) -> NDArray[np.bool_]:
         """Which rows have an alignment: a frame per label, and a blank between equal neighbours."""
@@ -155,21 +171,34 @@ class CtcTask(Task):
 
 
 class ClassifyTask(Task):
-    """One class per row."""
+    """One class per row.
 
-    def __init__(self, spec: ClassifySpec, num_labels: int) -> None:
+    Args:
+        class_weights_K: what a row counts by its label, beside its own weight; 1 where None.
+    """
+
+    def __init__(self, spec: ClassifySpec, num_labels: int, class_weights_K: NDArray[np.float64] | None = None) -> None:
         super().__init__(num_labels)
         self.spec = spec
+        self.class_weights_K = class_weights_K
 
-    def normaliser(self, *, frames: int, rows: int) -> float:
+    def normaliser(self, *, frames: float, rows: float) -> float:
         return float(rows)
 
     def count(self, batch: Batch) -> float:
-        return self.normaliser(frames=batch.frames, rows=len(batch.lengths_B))
+        return self.normaliser(frames=batch.frames, rows=float(self._weights(batch).sum()))
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         targets_B = torch.from_numpy(batch.labels_BU[:, 0]).to(logits.device)
-        return classify_loss_sum(logits, targets_B, self.spec.label_smoothing)
+        weights_B = _weights_on(logits.device, self._weights(batch))
+        return classify_loss_sum(logits, targets_B, self.spec.label_smoothing, weights_B=weights_B)
+
+    def row_weights(self, weights_B: NDArray[np.float32], labels_B: NDArray[np.int64]) -> NDArray[np.float64]:
+        weights = weights_B.astype(np.float64)
+        return weights if self.class_weights_K is None else weights * self.class_weights_K[labels_B]
+
+    def _weights(self, batch: Batch) -> NDArray[np.float64]:
+        return self.row_weights(batch.weights_B, batch.labels_BU[:, 0])
 
     def answers(self, logits: Tensor, lengths_B: Tensor) -> list[Answer]:
         sure, best = logits.float().softmax(-1).max(-1)
@@ -189,12 +218,31 @@ class ClassifyTask(Task):
 _TASKS: dict[type[TaskSpec], Any] = {CtcSpec: CtcTask, ClassifySpec: ClassifyTask}
 
 
-def build_task(spec: TaskSpec, num_labels: int) -> Task:
-    """The task that `spec` asks for."""
+def build_task(spec: TaskSpec, num_labels: int, class_weights_K: NDArray[np.float64] | None = None) -> Task:
+    """The task that `spec` asks for; with the weights of `class_weights`, where a network is trained or judged."""
+    if class_weights_K is not None:
+        assert isinstance(spec, ClassifySpec)
+        return ClassifyTask(spec, num_labels, class_weights_K)
     return _TASKS[type(spec)](spec, num_labels)
+
+
+def class_weights(spec: TaskSpec, train: SplitCard, num_labels: int) -> NDArray[np.float64] | None:
+    """What rows of each label count, so that all labels count alike; None where the task does not ask for it.
+
+    A label that K labels' training rows have n times of N in all counts N / (K n): 1 where all are as frequent.
+    """
+    if not isinstance(spec, ClassifySpec) or spec.class_weights is ClassWeights.none:
+        return None
+    counts_K = np.bincount(train.labels_N[train.labels_N >= 0], minlength=num_labels)
+    return counts_K.sum() / (num_labels * np.maximum(counts_K, 1))
 
 
 def run_network(network: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """The logits of a batch."""
-    inputs = torch.from_numpy(batch.inputs).to(device, non_blocking=True)
-    return network(inputs, torch.from_numpy(batch.lengths_B))
+    inputs, lengths_B = torch.from_numpy(batch.inputs).to(device, non_blocking=True), torch.from_numpy(batch.lengths_B)
+    return network(inputs, lengths_B, packed=True) if batch.form is Form.packed else network(inputs, lengths_B)
+
+
+def _weights_on(device: torch.device, weights_B: NDArray[Any]) -> Tensor | None:
+    """None where all rows count 1: the sum is then what it is without weights, to the last bit."""
+    return None if (weights_B == 1).all() else torch.from_numpy(weights_B).to(device)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from train_rig import FP32, Toy, frames_draft, toy_spec
 
-from treadle.data import Draft, Row, RowReader, Tokens
-from treadle.spec import BatchSpec, ClassifySpec, CtcSpec, DataSpec
+from treadle.data import Buffers, Draft, Form, Labels, Row, RowReader, Tokens
+from treadle.spec import BatchSpec, ClassifySpec, CtcSpec, DataSpec, Leak, MinGruSpec, SplitSpec, TargetPer
 from treadle.train import Evaluator, World, build_task
 
 LABELS = ("A", "B", "C")
@@ -37,8 +37,14 @@ def evaluated(rows, *, slots=64, task=None):
     """What is found on these test rows, beside one row to train on that holds every letter."""
     task_spec = task or CtcSpec(frames_per_step=2, label_name="phone", sequence_name="word")
     rows = [Row(entity="abc", inputs=list("abc"), target=list("ABC"), split="train"), *rows]
-    draft = Draft(rows=rows, inputs=Tokens(), labels=LABELS, licence="none")
-    spec = toy_spec(task=task_spec, data=DataSpec(name="toy"), batch=BatchSpec(slots=slots))
+    draft = Draft(rows=rows, inputs=Tokens(), target=Labels(names=LABELS, per=TargetPer.sequence), licence="none")
+    spec = toy_spec(
+        task=task_spec,
+        # The word to train on and those to test with overlap on purpose.
+        data=DataSpec(name="toy", allow_leaks=[Leak.content]),
+        split=SplitSpec(),
+        batch=BatchSpec(max_slots=str(slots)),
+    )
     toy = Toy(spec, draft)
     judge = Evaluator(
         spec,
@@ -48,6 +54,7 @@ def evaluated(rows, *, slots=64, task=None):
         task=build_task(task_spec, len(LABELS)),
         world=World(),
     )
+    judge._buffers = Buffers(poison=True)
     network = Speller(getattr(task_spec, "frames_per_step", 1)).train()
     found = judge(network, FP32)
     assert network.training
@@ -113,7 +120,7 @@ def test_an_evaluation_leaves_network_and_stream_as_they_were():
 
 
 def test_frames_are_shown_by_name_and_length():
-    spec = toy_spec(task=ClassifySpec(), data=DataSpec(name="toy", test=6))
+    spec = toy_spec(task=ClassifySpec(), split=SplitSpec(test=6))
     toy = Toy(spec, frames_draft(30))
     run = toy.run()
     found = run.test(run.network, FP32)
@@ -129,9 +136,32 @@ def test_rows_longer_than_the_slots_of_training_are_evaluated():
 
 
 def test_samples_are_few_and_from_everywhere():
-    spec = toy_spec(data=DataSpec(name="toy", test=80))
+    spec = toy_spec(split=SplitSpec(test=80))
     toy = Toy(dataclasses.replace(spec))
     run = toy.run()
     found = run.test(run.network, FP32)
     assert len(found.samples) == 40
     assert len({sample.entity for sample in found.samples}) == 40
+
+
+@pytest.mark.parametrize("task", [CtcSpec(frames_per_step=2), ClassifySpec()])
+def test_packed_batches_are_judged_alike(task):
+    model = MinGruSpec(hidden_size=6, num_layers=2, bidirectional=True, embedding_size=5)
+    toy = Toy(toy_spec(task=task, model=model))
+    padded, packed = toy.run(), toy.run(form=Form.packed)
+    first, second = padded.valid(padded.network, FP32), packed.valid(packed.network, FP32)
+    assert first.metrics == pytest.approx(second.metrics, rel=1e-5)
+    assert first.samples == second.samples or task != ClassifySpec()
+    assert [s.entity for s in first.samples] == [s.entity for s in second.samples]
+
+
+def test_rows_count_by_their_weight_in_the_loss_alone():
+    rows = [says("ab", "ab", "CC"), says("ca", "ca", "CA")]
+    (light, _), (heavy, _) = (
+        evaluated([dataclasses.replace(rows[0], weight=weight), rows[1]]) for weight in (0.5, 4.0)
+    )
+    wrong, right = 40.0, 0.0  # 20 for each of two labels that are wrong; none for those that are right
+    for found, weight in ((light, 0.5), (heavy, 4.0)):
+        wanted = (weight * wrong + right) / (weight * 4 + 4)  # two label frames for each of two steps
+        assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-3)
+        assert found.metrics["word_error_rate"] == 0.5

@@ -16,10 +16,10 @@ from treadle.spec import (
     BatchSpec,
     ClassifySpec,
     CtcSpec,
-    DataSpec,
     LstmSpec,
     Schedule,
     SgdSpec,
+    SplitSpec,
     TrainSpec,
 )
 from treadle.train import fit
@@ -159,7 +159,7 @@ def whole_gradient(toy, *, double):
 @pytest.mark.parametrize("lanes", [1, 5])
 def test_an_update_is_the_gradient_of_one_big_batch(rounds, lanes):
     model = LstmSpec(hidden_size=6, bidirectional=True, embedding_size=5)
-    batch = BatchSpec(slots=40, lanes=lanes, rounds_per_update=rounds)
+    batch = BatchSpec(max_slots="40", lanes=lanes, rounds_per_update=rounds)
     toy = Toy(toy_spec(task=ClassifySpec(), model=model, batch=batch, optim=PLAIN, train=TrainSpec(epochs=1)))
     found, wanted = first_gradient(toy, double=True), whole_gradient(toy, double=True)
     assert found.dtype == torch.float64
@@ -169,7 +169,7 @@ def test_an_update_is_the_gradient_of_one_big_batch(rounds, lanes):
 
 def test_an_update_is_the_gradient_of_one_big_batch_in_ctc():
     model = LstmSpec(hidden_size=6, bidirectional=True, embedding_size=5)
-    batch = BatchSpec(slots=40, lanes=3, rounds_per_update=2)
+    batch = BatchSpec(max_slots="40", lanes=3, rounds_per_update=2)
     toy = Toy(toy_spec(model=model, batch=batch, optim=PLAIN, train=TrainSpec(epochs=1)))
     found, wanted = first_gradient(toy, double=False), whole_gradient(toy, double=False)
     assert torch.allclose(found, wanted, rtol=0, atol=1e-6)
@@ -221,7 +221,7 @@ def test_training_rows_without_an_alignment_are_left_out():
     # One label frame a step: words whose letters repeat, and all of them (the last letter is doubled), need more.
     draft = toy_draft(40)
     rows = [dataclasses.replace(r, target=r.target[:2]) if i % 2 else r for i, r in enumerate(draft.rows)]
-    spec = toy_spec(task=CtcSpec(), data=DataSpec(name="toy"), train=TrainSpec(epochs=1))
+    spec = toy_spec(task=CtcSpec(), split=SplitSpec(), train=TrainSpec(epochs=1))
     toy = Toy(spec, dataclasses.replace(draft, rows=rows))
     run = toy.run()
     fit(run)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from train_rig import Toy, frames_draft, toy_spec
 
 from treadle.errors import ConfigError, DivergenceError
-from treadle.spec import ClassifySpec, DataSpec, Precision, RnnSpec
+from treadle.spec import ClassifySpec, Precision, RnnSpec, SplitSpec
 from treadle.train import World, choose_precision
 
 
@@ -108,6 +108,6 @@ def test_a_network_that_is_not_finite_in_fp32_is_divergence(toy):
 
 
 def test_frames_run_in_bf16_too():
-    spec = toy_spec(task=ClassifySpec(), model=RnnSpec(hidden_size=4), data=DataSpec(name="toy", test=6))
+    spec = toy_spec(task=ClassifySpec(), model=RnnSpec(hidden_size=4), split=SplitSpec(test=6))
     toy = Toy(spec, frames_draft(30))
     assert choose(toy, Precision.bf16).name == "bf16"

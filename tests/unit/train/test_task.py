@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from treadle.data import Batch
-from treadle.spec import ClassifySpec, CtcSpec
+from treadle.plan import SplitCard
+from treadle.spec import ClassifySpec, ClassWeights, CtcSpec
 from treadle.train import Answer, build_task
-from treadle.train.task import Score, Scores
+from treadle.train.task import Score, Scores, class_weights
 
 CTC = build_task(CtcSpec(frames_per_step=2, label_name="phone", sequence_name="word"), 3)
 CLASSIFY = build_task(ClassifySpec(), 3)
 
 
-def batch_of(lengths, labels):
-    """A batch with these lengths and targets; its inputs are zeros."""
+def batch_of(lengths, labels, weights=None):
+    """A batch with these lengths, targets and weights; its inputs are zeros."""
     width = max(map(len, labels))
     return Batch(
         inputs=np.zeros((len(lengths), max(lengths)), np.int64),
@@ -27,6 +28,7 @@ def batch_of(lengths, labels):
         labels_BU=np.array([[*row, *[0] * (width - len(row))] for row in labels], np.int64),
         label_lengths_B=np.array([len(row) for row in labels], np.int64),
         rows_B=np.arange(len(lengths)),
+        weights_B=np.array(weights or [1.0] * len(lengths), np.float32),
     )
 
 
@@ -149,3 +151,82 @@ def test_the_class_loss_is_the_sum_over_rows():
 def test_a_score_without_edits_is_right():
     assert Score(pairs=((1, 1), (2, 2))).edits == 0
     assert Score(pairs=((None, 1), (2, None), (1, 2))).edits == 3
+
+
+# ---- weights ----
+
+WEIGHTS = [0.5, 3.0, 1.0]
+
+
+@pytest.mark.parametrize(("task", "width"), [(CTC, 8), (CLASSIFY, 0)])
+def test_a_weighted_loss_is_the_sum_of_what_rows_count(task, width):
+    lengths, labels = [3, 2, 4], [[0, 1], [2], [1]]
+    shape = (3, width, 4) if width else (3, 3)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    batch = batch_of(lengths, labels, WEIGHTS)
+    loss = task.loss_sum(logits, batch)
+    loss.backward()
+    parts, counts = 0.0, 0.0
+    for i, weight in enumerate(WEIGHTS):
+        one = batch_of(lengths[i : i + 1], labels[i : i + 1])
+        alone = logits[i : i + 1].detach().requires_grad_()
+        part = task.loss_sum(alone, one)
+        part.backward()
+        torch.testing.assert_close(logits.grad[i : i + 1], weight * alone.grad)
+        parts += weight * float(part.detach())
+        counts += weight * task.count(one)
+    assert float(loss.detach()) == pytest.approx(parts, rel=1e-5)
+    assert task.count(batch) == pytest.approx(counts)
+
+
+@pytest.mark.parametrize(("task", "width"), [(CTC, 8), (CLASSIFY, 0)])
+def test_rows_that_all_count_one_give_the_bits_of_no_weights(task, width):
+    # The weighted sum rounds otherwise: were it taken, losses of old jobs would change in their last bits.
+    shape = (40, width, 4) if width else (40, 3)
+    logits = 5 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    labels = [[i % 3] for i in range(40)]
+    batch = batch_of([4] * 40, labels)
+    if width:
+        targets = torch.tensor(labels) + 1
+        lengths = torch.full((40,), 8)
+        wanted = functional.ctc_loss(
+            logits.log_softmax(-1).transpose(0, 1), targets, lengths, torch.ones(40, dtype=torch.int64), reduction="sum"
+        )
+    else:
+        wanted = functional.cross_entropy(logits, torch.tensor(labels)[:, 0], reduction="sum")
+    assert task.loss_sum(logits, batch).item() == wanted.item()
+
+
+def card(labels):
+    labels_N = np.array(labels)
+    ones = np.ones(len(labels))
+    return SplitCard(
+        lengths_N=ones.astype(np.int64),
+        label_frames_N=ones.astype(np.int64),
+        labels_N=labels_N,
+        weights_N=ones.astype(np.float32),
+        num_entities=len(labels),
+    )
+
+
+def test_balanced_labels_count_alike():
+    spec = ClassifySpec(class_weights=ClassWeights.balanced)
+    labels = [0] * 6 + [1] * 3 + [2]
+    weights = class_weights(spec, card(labels), 3)
+    assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 10 / 3])
+    summed = np.bincount(labels, weights=weights[labels])
+    assert summed == pytest.approx([10 / 3] * 3)
+    assert class_weights(ClassifySpec(), card(labels), 3) is None
+    assert class_weights(CtcSpec(), card(labels), 3) is None
+    assert np.isfinite(class_weights(spec, card([0, 0]), 3)).all()
+
+
+def test_class_weights_and_row_weights_multiply():
+    spec = ClassifySpec(class_weights=ClassWeights.balanced, label_smoothing=0.1)
+    task = build_task(spec, 3, np.array([2.0, 1.0, 0.25]))
+    batch = batch_of([1, 1, 1], [[0], [2], [1]], WEIGHTS)
+    assert task.count(batch) == pytest.approx(0.5 * 2 + 3 * 0.25 + 1)
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(2))
+    rows = functional.cross_entropy(logits, torch.tensor([0, 2, 1]), reduction="none", label_smoothing=0.1)
+    wanted = rows @ torch.tensor([1.0, 0.75, 1.0])
+    assert float(task.loss_sum(logits, batch)) == pytest.approx(float(wanted), rel=1e-6)

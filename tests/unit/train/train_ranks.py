@@ -19,12 +19,12 @@ import torch.distributed as dist
 from train_rig import ADAMW, SGD, Toy, toy_draft, toy_spec, weights
 
 from treadle.errors import DivergenceError
-from treadle.spec import BatchSpec, ClassifySpec, DataSpec, Precision, TrainSpec
+from treadle.spec import BatchSpec, ClassifySpec, Precision, SplitSpec, TrainSpec
 from treadle.train import World, choose_precision, fit
 
 SIZES = (1, 2, 3, 4)
 # Twelve lanes of few rows: the round of the rest leaves lanes, and in larger worlds ranks, without rows.
-LANES = BatchSpec(slots=26, lanes=12, rounds_per_update=2, noise=0.3)
+LANES = BatchSpec(max_slots="26", lanes=12, rounds_per_update=2, noise=0.3)
 TRAIN = TrainSpec(epochs=2, seed=5)
 
 
@@ -51,7 +51,7 @@ def trajectory(world: World, folder: Path) -> dict[str, Any]:
 
 def float64(world: World, folder: Path) -> dict[str, Any]:
     """Without rounding in the way of a tight comparison; some updates have rows for one rank only."""
-    batch = BatchSpec(slots=26, lanes=4, noise=0.3)
+    batch = BatchSpec(max_slots="26", lanes=4, noise=0.3)
     toy = Toy(toy_spec(task=ClassifySpec(), batch=batch, train=TRAIN, optim=SGD), toy_draft(49, classes=True))
     run = toy.run(world=world, double=True)
     outcome = fit(run)
@@ -109,7 +109,7 @@ def diverging(world: World, folder: Path) -> dict[str, Any]:
 
 def few_rows(world: World, folder: Path) -> dict[str, Any]:
     """Two rows to evaluate: ranks above the second get none."""
-    toy = ctc(data=DataSpec(name="toy", valid=1, test=2))
+    toy = ctc(split=SplitSpec(valid=1, test=2))
     run = toy.run(world=world)
     found = run.test(run.network, run.precision)
     return {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from treadle.data import Batch, Draft, Frames, Manifest, Row, RowReader, Tokens, build_dataset
+from treadle.data import Batch, Buffers, Draft, Form, Frames, Labels, Manifest, Row, RowReader, Tokens, build_dataset
 from treadle.nn import build_network
 from treadle.spec import (
     AdamWSpec,
@@ -22,7 +22,9 @@ from treadle.spec import (
     JobSpec,
     LstmSpec,
     SgdSpec,
+    SplitSpec,
     StoreSpec,
+    TargetPer,
     TrainSpec,
 )
 from treadle.testing import MemoryBlobs
@@ -38,7 +40,7 @@ from treadle.train import (
     pack,
     unpack,
 )
-from treadle.train.task import ClassifyTask
+from treadle.train.task import ClassifyTask, Task, class_weights
 
 FP32 = PrecisionChoice(name="fp32", device="cpu", why="as asked", probe_ms={})
 LETTERS = "abcdefg"
@@ -58,10 +60,11 @@ def toy_words(num: int, *, seed: int = 0) -> list[str]:
 def toy_draft(num: int, *, classes: bool = False) -> Draft:
     """Words to their upper-case letters (the last letter doubled), or to the class of their first letter."""
     rows = [
-        Row(entity=w, inputs=list(w), target=[w[0].upper()] if classes else list((w + w[-1]).upper()))
+        Row(entity=w, inputs=list(w), target=w[0].upper() if classes else list((w + w[-1]).upper()))
         for w in toy_words(num)
     ]
-    return Draft(rows=rows, inputs=Tokens(), labels=tuple(LETTERS.upper()), licence="none")
+    target = Labels(names=tuple(LETTERS.upper()), per=TargetPer.row if classes else TargetPer.sequence)
+    return Draft(rows=rows, inputs=Tokens(), target=target, licence="none")
 
 
 def frames_draft(num: int, *, scale: float = 1.0) -> Draft:
@@ -70,8 +73,8 @@ def frames_draft(num: int, *, scale: float = 1.0) -> Draft:
     rows = []
     for i in range(num):
         values = rng.normal(i % 3, 0.5, (2 + i % 6, 4)) * scale
-        rows.append(Row(entity=str(i), inputs=values, target=["xyz"[i % 3]]))
-    return Draft(rows=rows, inputs=Frames(channels=tuple("abcd")), labels=tuple("xyz"), licence="none")
+        rows.append(Row(entity=str(i), inputs=values, target="xyz"[i % 3]))
+    return Draft(rows=rows, inputs=Frames(channels=tuple("abcd")), target=Labels(names=tuple("xyz")), licence="none")
 
 
 def toy_spec(**changes: Any) -> JobSpec:
@@ -79,8 +82,9 @@ def toy_spec(**changes: Any) -> JobSpec:
         name="toy",
         task=CtcSpec(frames_per_step=2, label_name="letter", sequence_name="word"),
         model=LstmSpec(hidden_size=6, num_layers=2, bidirectional=True, embedding_size=5, dropout=0.3),
-        data=DataSpec(name="toy", valid=10, test=10),
-        batch=BatchSpec(slots=48, lanes=2, rounds_per_update=2),
+        data=DataSpec(name="toy"),
+        split=SplitSpec(valid=10, test=10),
+        batch=BatchSpec(max_slots="48", lanes=2, rounds_per_update=2),
         optim=ADAMW,
         train=TrainSpec(epochs=3, seed=5),
         store=StoreSpec(uri="/nowhere"),
@@ -96,20 +100,28 @@ class Toy:
             draft = toy_draft(90, classes=isinstance(spec.task, ClassifySpec))
         self.spec = spec
         self.blobs = MemoryBlobs()
-        _, self.manifest = build_dataset(draft, spec.data, self.blobs, recipe="r")
+        _, self.manifest = build_dataset(draft, spec.data, self.blobs, recipe="r", split=spec.split)
 
-    def feed(self, world: World) -> Feed:
-        return Feed(
-            self.spec, self.manifest, RowReader(self.blobs, self.manifest), lanes=self.lanes(world), world=world
-        )
+    def feed(self, world: World, *, form: Form = Form.padded, poison: bool = True) -> Feed:
+        """A feed whose buffers are poisoned as soon as they are given back."""
+        reader = RowReader(self.blobs, self.manifest)
+        task = self.task()
+        feed = Feed(self.spec, self.manifest, reader, lanes=self.lanes(world), world=world, form=form, task=task)
+        feed._buffers = Buffers(poison=poison)
+        return feed
+
+    def task(self) -> Task:
+        num_labels = len(self.manifest.preprocessing.labels)
+        train = self.manifest.card("").splits["train"]
+        return build_task(self.spec.task, num_labels, class_weights(self.spec.task, train, num_labels))
 
     def lanes(self, world: World) -> int:
         return self.spec.batch.lanes or world.size
 
     def network(self) -> nn.Module:
         torch.manual_seed(self.spec.train.seed)
-        header = self.manifest.header
-        return build_network(self.spec.model, self.spec.task, header.preprocessing.signature(header.max_length))
+        signature = self.manifest.preprocessing.signature(self.manifest.header.max_length)
+        return build_network(self.spec.model, self.spec.task, signature)
 
     def run(
         self,
@@ -118,6 +130,7 @@ class Toy:
         saved: tuple[dict[str, bytes], str] | None = None,
         stop_after: int | None = None,
         double: bool = False,
+        form: Form = Form.padded,
         precision: PrecisionChoice = FP32,
     ) -> Run:
         """A run from the start, or from what `Kept` kept.
@@ -128,9 +141,9 @@ class Toy:
         """
         world = world or World()
         network = self.network()
-        task: Any = build_task(self.spec.task, len(self.manifest.header.preprocessing.labels))
+        task: Any = self.task()
         if double:
-            network, task = network.double(), DoubleTask(self.spec.task, task.num_labels)
+            network, task = network.double(), DoubleTask(task.spec, task.num_labels, task.class_weights_K)
         optimizer = build_optimizer(self.spec.optim, network)
         start = TrainState(precision=precision.name)
         if saved is not None:
@@ -139,7 +152,7 @@ class Toy:
             start = TrainState.from_json(json.loads(state), where="saved")
         reader = RowReader(self.blobs, self.manifest)
         valid, test = (
-            Evaluator(self.spec, self.manifest, reader, split=split, task=task, world=world)
+            Evaluator(self.spec, self.manifest, reader, split=split, task=task, world=world, form=form)
             for split in ("valid", "test")
         )
         return Run(
@@ -149,7 +162,7 @@ class Toy:
             network=network,
             optimizer=optimizer,
             precision=precision,
-            feed=Feed(self.spec, self.manifest, reader, lanes=self.lanes(world), world=world),
+            feed=self.feed(world, form=form),
             valid=valid,
             test=test,
             checkpoints=Kept(),
@@ -164,7 +177,8 @@ class DoubleTask(ClassifyTask):
     """Classification whose loss stays in float64, to compare gradients beyond fp32."""
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        return functional.cross_entropy(logits, torch.from_numpy(batch.labels_BU[:, 0]), reduction="sum")
+        targets_B, weights_B = torch.from_numpy(batch.labels_BU[:, 0]), torch.from_numpy(self._weights(batch))
+        return functional.cross_entropy(logits, targets_B, reduction="none") @ weights_B
 
 
 class Kept:

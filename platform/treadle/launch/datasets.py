@@ -1,0 +1,83 @@
+"""The data set of a job, as it stands in the store."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from treadle.data.audit import audit
+from treadle.data.block_cache import BlockCache
+from treadle.data.fit import fit_preprocessing
+from treadle.data.manifest import Finding, Manifest
+from treadle.data.reader import RowReader
+from treadle.data.shelf import find_dataset, find_rows, recipe_digest, rows_recipe
+from treadle.errors import ConfigError
+from treadle.spec import JobSpec
+from treadle.store import Blobs
+
+__all__ = ["audit_again", "find_data", "open_reader", "script_of"]
+
+SCRIPT = "prepare.py"
+CACHE_SHARE = 0.5
+"""Of the free space of the home's disk, for blocks of far stores."""
+
+
+def script_of(spec: JobSpec, folder: Path) -> Path | None:
+    """The preparation script of the job in `folder`; None where the job declares its columns instead.
+
+    Raises:
+        ConfigError: neither of both.
+    """
+    script = folder / SCRIPT
+    if script.is_file():
+        return script
+    if spec.columns.inputs:
+        return None
+    raise ConfigError(
+        f"{script}: not found, and no columns.inputs",
+        hint="a job prepares its data with a `prepare(spec) -> Draft` there, or says columns.inputs=[<column>]",
+    )
+
+
+def open_reader(blobs: Blobs, manifest: Manifest) -> RowReader:
+    """A reader of a data set, which keeps what it reads of a far store on this machine."""
+    is_near = blobs.local_path(manifest.header.blocks[0].key) is not None
+    return RowReader(blobs, manifest, cache=None if is_near else _block_cache())
+
+
+def _block_cache() -> BlockCache | None:
+    """None where this user has no home to keep blocks in."""
+    try:
+        folder = Path.home() / ".cache" / "treadle" / "blocks"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return BlockCache(folder, int(CACHE_SHARE * shutil.disk_usage(folder).free))
+    except (OSError, RuntimeError):
+        return None
+
+
+def find_data(spec: JobSpec, folder: Path, blobs: Blobs, *, asked: str) -> str:
+    """The digest of the job's data set.
+
+    Args:
+        asked: the job and its overrides as they were typed, for the hint.
+
+    Raises:
+        DataError: it is not built; the hint is the command.
+    """
+    recipe = recipe_digest(spec.data, spec.columns, spec.split, script_of(spec, folder))
+    return find_dataset(blobs, spec.data.name, recipe, job=asked)
+
+
+def audit_again(spec: JobSpec, folder: Path, blobs: Blobs, manifest: Manifest) -> tuple[Finding, ...]:
+    """What the audit says of a data set now, its statistics fitted once more to compare.
+
+    Raises:
+        IntegrityError: a block is not what was written.
+    """
+    recipe = rows_recipe(spec.data, spec.columns, script_of(spec, folder))
+    # The rows say which split the source gave; a data set says which split a row is in.
+    rows = find_rows(blobs, spec.data.name, recipe) or manifest
+    split_R = manifest.columns["split"]
+    with open_reader(blobs, rows) as reader:
+        fitted = fit_preprocessing(rows, split_R, reader, spec.data)
+        return audit(rows, split_R, manifest.preprocessing, reader, spec, fitted=fitted)
