@@ -17,7 +17,9 @@ def loaded(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["submit", "--help"], ["models", "--help"], ["jobs"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["submit", "--help"], ["models", "--help"], ["data", "--help"], ["jobs"]]
+)
 def test_help_loads_nothing_heavy(arguments):
     assert loaded(f"from treadle.cli import main; main({arguments!r})") <= (
         {"numpy"} if arguments == ["jobs"] else set()
@@ -33,7 +35,9 @@ def test_planning_needs_numpy_at_most():
     assert loaded("import treadle.plan") == {"numpy"}
 
 
-@pytest.mark.parametrize("arguments", [["ls"], ["status", "x"], ["models", "ls"], ["logs", "x"], ["stop", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["ls"], ["status", "x"], ["models", "ls"], ["logs", "x"], ["stop", "x"], ["data", "ls"]]
+)
 def test_looking_loads_neither_torch_nor_ray(arguments, tmp_path):
     assert not loaded(f"from treadle.cli import main; main([*{arguments!r}, '--store', {str(tmp_path)!r}])") & {
         "torch",
@@ -42,6 +46,15 @@ def test_looking_loads_neither_torch_nor_ray(arguments, tmp_path):
         "boto3",
         "wandb",
     }
+
+
+def test_explaining_lengths_loads_numpy_alone(tmp_path):
+    import numpy as np
+
+    np.save(tmp_path / "l.npy", np.arange(1, 100))
+    arguments = ["data", "explain", "--lengths", str(tmp_path / "l.npy"), "--ranks", "2", "--json"]
+    found = loaded(f"from treadle.cli import main; main({arguments!r})")
+    assert found == {"numpy"}
 
 
 def test_a_worker_needs_neither_hydra_nor_click():

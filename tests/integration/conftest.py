@@ -20,8 +20,9 @@ name: toy
 summary: every letter twice
 task: {frames_per_step: 4, label_name: letter, sequence_name: word}
 model: {hidden_size: 24, embedding_size: 12, bidirectional: true}
-data: {name: toy, valid: 40, test: 60}
-batch: {slots: 256, lanes: 2}
+data: {name: toy}
+split: {valid: 40, test: 60}
+batch: {max_slots: 256, lanes: 2}
 optim: {lr: 1e-2}
 train: {epochs: 6, log_every: 10ms}
 track: {wandb: disabled}
@@ -29,13 +30,15 @@ track: {wandb: disabled}
 
 PREPARE_PY = """
 import random
-from treadle.data import Draft, Row, Tokens
+from treadle.data import Draft, Labels, Row, Tokens
+from treadle.spec import TargetPer
 
 def prepare(spec):
     rng = random.Random(0)
     words = sorted({"".join(rng.choice("abcde") for _ in range(rng.randint(2, 7))) for _ in range(700)})
     rows = [Row(entity=w, inputs=list(w), target=[c.upper() for c in w for _ in range(2)]) for w in words]
-    return Draft(rows=rows, inputs=Tokens(), labels=tuple("ABCDE"), licence="made up")
+    labels = Labels(names=tuple("ABCDE"), per=TargetPer.sequence)
+    return Draft(rows=rows, inputs=Tokens(), target=labels, licence="made up")
 """
 
 

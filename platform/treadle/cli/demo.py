@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import click
 
-from treadle.cli.options import answer, json_option, say
+from treadle.cli.options import answer, data_overrides, json_option, say
 from treadle.errors import TransientError, error_from_json
 from treadle.units import format_duration_s
 
@@ -39,8 +39,7 @@ def demo(overrides: tuple[str, ...], output: Path, as_json: bool) -> None:
     About four minutes on two cores. OVERRIDES are those of `treadle submit`.
     """
     started = time.monotonic()
-    data_overrides = [o for o in overrides if o.lstrip("+~").startswith(("data.", "store."))]
-    _run("prepare", JOB, *data_overrides)
+    _run("prepare", JOB, *data_overrides(overrides))
     _run("plan", JOB, *overrides)
     run = _run("submit", JOB, *overrides)
     version = f"{JOB}@{run['model_version']}"

@@ -43,7 +43,7 @@ def doctor(store_uri: str | None, address: str | None, as_json: bool) -> int:
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python,
         _packages,
-        _scan,
+        _kernels,
         _machine,
         lambda: _store(store_uri or default_store()),
         _wandb,
@@ -81,7 +81,8 @@ def _packages() -> Iterator[Finding]:
         yield Finding(what="GPU", status="note", seen="none; jobs train on the CPU")
 
 
-def _scan() -> Iterator[Finding]:
+def _kernels() -> Iterator[Finding]:
+    from treadle.data.gather_native import gather_status
     from treadle.nn import scan_backends
 
     remedies = {"cpu": "install a C compiler (cc)", "cuda": "install triton"}
@@ -92,6 +93,12 @@ def _scan() -> Iterator[Finding]:
         else:
             seen = f"none, a loop of torch operations instead: {backend.detail}"
             yield Finding(what=what, status="note", seen=seen, remedy=remedies[backend.device])
+    loading = gather_status()
+    if loading.available:
+        yield Finding(what="loader kernel", status="ok", seen=loading.detail)
+    else:
+        seen = f"none, NumPy instead, several times slower: {loading.detail}"
+        yield Finding(what="loader kernel", status="note", seen=seen, remedy=remedies["cpu"])
 
 
 def _machine() -> Iterator[Finding]:

@@ -20,7 +20,7 @@ __all__ = ["follow_run"]
 
 POLL_S = 0.3
 # What a person wants to read while a run goes on; the log and the events file have the rest.
-_TOLD = {"notice", "precision", "restored", "registered", "sink_lost"}
+_TOLD = {"budget", "notice", "precision", "restored", "registered", "sink_lost"}
 
 
 def follow_run(
@@ -108,6 +108,8 @@ def _line(row: dict[str, object]) -> str:
         return str(row["text"])
     if row["event"] == "precision":
         return f"precision {row['format']}: {row['why']}"
+    if row["event"] == "budget":
+        return f"budget {row['slots']} slots: {row['why']}"
     if row["event"] == "registered":
         return f"registered {row['model']}@{row['version']}"
     if row["event"] == "restored":

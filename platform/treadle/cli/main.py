@@ -20,7 +20,8 @@ __all__ = ["main", "program"]
 
 # verb -> (module:attribute, what it does); the order is that of the help page.
 VERBS = {
-    "prepare": ("treadle.cli.submit:prepare", "Make a job's data set in the store."),
+    "prepare": ("treadle.cli.data:build", "Make a job's data set in the store: `data build`."),
+    "data": ("treadle.cli.data:data", "Build, explain, show, audit and verify data sets."),
     "plan": ("treadle.cli.submit:plan", "Show what a job would do, and refuse what cannot fit."),
     "submit": ("treadle.cli.submit:submit", "Train a job here or on a Ray cluster."),
     "ls": ("treadle.cli.watch:ls", "List the runs of the store."),

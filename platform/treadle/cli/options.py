@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from treadle import wire
 
-__all__ = ["ANSWER_SCHEMA", "actor", "answer", "json_option", "no_color", "say", "store_option", "stored"]
+__all__ = [
+    "ANSWER_SCHEMA",
+    "actor",
+    "answer",
+    "asked",
+    "compose",
+    "data_overrides",
+    "job_argument",
+    "json_option",
+    "no_color",
+    "overrides_argument",
+    "page",
+    "say",
+    "store_option",
+    "stored",
+]
 
 ANSWER_SCHEMA = 1
+_DATA_KEYS = ("data", "columns", "split", "store")
 
+job_argument = click.argument("job")
+overrides_argument = click.argument("overrides", nargs=-1)
 json_option = click.option("--json", "as_json", is_flag=True, help="Answer with one line of JSON.")
 store_option = click.option(
     "--store",
@@ -33,12 +54,39 @@ def stored(store_uri: str | None) -> Any:
     return open_blobs(store_uri or default_store())
 
 
+def compose(job: str, overrides: Iterable[str], *, store_uri: str | None = None) -> tuple[Any, Path]:
+    """A job's spec and folder; `store_uri` is its store where neither job nor overrides say one."""
+    from treadle.launch.surroundings import default_store
+    from treadle.spec.compose import compose_job
+    from treadle.spec.places import find_job
+
+    return compose_job(job, [*overrides], default_store=store_uri or default_store()), find_job(job)
+
+
+def data_overrides(overrides: Iterable[str]) -> list[str]:
+    """Those overrides that say where data come from, what they are and where they go."""
+    return [text for text in overrides if text.lstrip("+~").partition("=")[0].partition(".")[0] in _DATA_KEYS]
+
+
+def asked(job: str, overrides: Iterable[str]) -> str:
+    """What `treadle prepare` needs of a command line."""
+    return shlex.join([job, *data_overrides(overrides)])
+
+
+def page() -> tuple[int, bool]:
+    """Columns of standard output, and whether it takes ASCII alone."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
+    return width, not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+
+
 def answer(as_json: bool, body: dict[str, Any], text: str | Callable[[], str]) -> None:
     """Print the answer: one line of JSON with a schema number, or the text for people."""
     if as_json:
         click.echo(json.dumps({"schema": ANSWER_SCHEMA, **wire.encode(body)}, ensure_ascii=False))
     else:
-        click.echo(text if isinstance(text, str) else text())
+        shown = text if isinstance(text, str) else text()
+        encoding = sys.stdout.encoding or "utf-8"
+        click.echo(shown.replace("─", "-").encode(encoding, "replace").decode(encoding) if page()[1] else shown)
 
 
 def say(line: str) -> None:

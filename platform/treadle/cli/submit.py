@@ -1,78 +1,33 @@
-"""Verbs that start and stop work: prepare, plan, submit, stop, resume, jobs."""
+"""Verbs that start and stop work: plan, submit, stop, resume, jobs."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
-from treadle.cli.options import answer, json_option, say, store_option, stored
+from treadle.cli.options import (
+    answer,
+    asked,
+    compose,
+    job_argument,
+    json_option,
+    overrides_argument,
+    say,
+    store_option,
+    stored,
+)
 from treadle.errors import ConfigError, ConflictError
 
-__all__ = ["jobs", "plan", "prepare", "resume", "stop", "submit"]
+__all__ = ["jobs", "plan", "resume", "stop", "submit"]
 
-job_argument = click.argument("job")
-overrides_argument = click.argument("overrides", nargs=-1)
 on_option = click.option(
     "--on", "place", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where to train."
 )
 follow_option = click.option(
     "--follow/--detach", default=True, show_default=True, help="Show progress until the run ends, or return at once."
 )
-
-
-def _compose(job: str, overrides: tuple[str, ...]) -> tuple[Any, Path]:
-    from treadle.launch.surroundings import default_store
-    from treadle.spec.compose import compose_job
-    from treadle.spec.places import find_job
-
-    return compose_job(job, overrides, default_store=default_store()), find_job(job)
-
-
-def _asked(job: str, overrides: tuple[str, ...]) -> str:
-    """What `treadle prepare` needs of a command line: the job, and where its data come from and go to."""
-    kept = [text for text in overrides if text.lstrip("+~").startswith(("data", "store"))]
-    return shlex.join([job, *kept])
-
-
-@click.command()
-@job_argument
-@overrides_argument
-@click.option("--again", is_flag=True, help="Make it anew even where this recipe was prepared before.")
-@json_option
-def prepare(job: str, overrides: tuple[str, ...], again: bool, as_json: bool) -> None:
-    """Make a job's data set in the store, from its preparation script."""
-    from treadle.data import load_manifest
-    from treadle.launch.submit import prepare_data
-    from treadle.store import open_blobs
-
-    spec, folder = _compose(job, overrides)
-    blobs = open_blobs(spec.store.uri)
-    started = time.monotonic()
-    digest, is_new = prepare_data(spec, folder, blobs, again=again, progress=_show_rows())
-    manifest = load_manifest(blobs, spec.data.name, digest)
-    splits = {name: len(manifest.rows_of(name)) for name in ("train", "valid", "test")}
-    if is_new:
-        say(f"prepared in {time.monotonic() - started:.1f}s; {manifest.header.licence}")
-    body = {"data": spec.data.name, "digest": digest, "rows": splits, "was_there": not is_new, "store": blobs.uri}
-    words = ", ".join(f"{count:,} {name}" for name, count in splits.items())
-    note = "" if is_new else " (was there)"
-    answer(as_json, body, f"{spec.data.name} {digest[:12]}: {words} rows{note}")
-
-
-def _show_rows() -> Any:
-    is_live, shown = sys.stderr.isatty(), [0.0]
-
-    def show(stage: str, done: int, total: int) -> None:
-        if is_live and (done == total or time.monotonic() - shown[0] > 0.1):
-            shown[0] = time.monotonic()
-            click.echo(f"\r\x1b[K{stage} {done:,} of {total:,} rows", nl=done == total, err=True)
-
-    return show
 
 
 @click.command()
@@ -86,9 +41,9 @@ def plan(job: str, overrides: tuple[str, ...], place: str, as_json: bool) -> Non
     from treadle.launch.view import plan_text
     from treadle.store import open_blobs
 
-    spec, folder = _compose(job, overrides)
+    spec, folder = compose(job, overrides)
     blobs = open_blobs(spec.store.uri)
-    made = plan_job(spec, folder, blobs, _capacity(spec, place), asked=_asked(job, overrides))
+    made = plan_job(spec, folder, blobs, _capacity(spec, place), asked=asked(job, overrides))
     answer(as_json, {"plan": made, "spec": spec}, lambda: plan_text(spec, made))
 
 
@@ -117,9 +72,9 @@ def submit(job: str, overrides: tuple[str, ...], place: str, follow: bool, as_js
     from treadle.launch.view import plan_text
     from treadle.store import open_blobs
 
-    spec, folder = _compose(job, overrides)
+    spec, folder = compose(job, overrides)
     blobs = open_blobs(spec.store.uri)
-    made = plan_job(spec, folder, blobs, _capacity(spec, place), asked=_asked(job, overrides))
+    made = plan_job(spec, folder, blobs, _capacity(spec, place), asked=asked(job, overrides))
     say(plan_text(spec, made))
     backend = _backend(place, spec)
     record = create_run(spec, made, blobs, backend)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["STYLE"]
+__all__ = ["PICTURE_STYLE", "STYLE"]
 
 # Series colours keep their order in both themes and differ in lightness too, for colour-blind
 # readers; text never takes a series colour.
-STYLE = """
+_COLOURS = """
 :root{color-scheme:light dark;--page:#f6f6f3;--card:#fff;--ink:#17181a;--soft:#5c6066;--faint:#8a8e94;
 --line:#e3e3de;--grid:#ecece8;--code:#f4f4f0;--s0:#2a6fd6;--s1:#d9622b;--s2:#1a936f;--s3:#8a5bd1;--s4:#b98900;
 --s5:#c2417c;
@@ -17,6 +17,9 @@ STYLE = """
 --s5:#ec79ab;
 --good:#5fce92;--warn:#e6b450;--bad:#f28b82;--calm:#7db2f5;--good-bg:#173324;--warn-bg:#3a2f14;--bad-bg:#401f1c;
 --calm-bg:#1b2c45}}
+""".strip()
+
+_PAGE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -46,7 +49,9 @@ color:var(--soft);letter-spacing:0}
 .scroll{overflow-x:auto}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12.5px;color:var(--soft);margin:4px 0 6px}
 .legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:3px}
-svg{display:block;width:100%;height:auto;font:11px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+""".strip()
+
+_MARKS = """
 svg text{fill:var(--soft)}svg .tick{font-variant-numeric:tabular-nums}svg .unit{fill:var(--faint)}
 svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}
 svg .end{text-anchor:end}svg .mid{text-anchor:middle}
@@ -65,6 +70,9 @@ svg .span{stroke-width:1}svg .span.good{fill:var(--good-bg);stroke:var(--good)}
 svg .span.warn{fill:var(--warn-bg);stroke:var(--warn)}
 svg .span.bad{fill:var(--bad-bg);stroke:var(--bad)}svg .span.calm{fill:var(--calm-bg);stroke:var(--calm)}
 svg .point{fill:var(--ink);stroke:var(--card);stroke-width:1.5}svg .speck{fill:var(--soft)}
+""".strip()
+
+_TABLES = """
 table{border-collapse:collapse;width:100%;font-size:13.5px}
 th{font-weight:600;text-align:left;color:var(--soft);font-size:12.5px;border-bottom:1px solid var(--line);
 padding:4px 12px 4px 0;white-space:nowrap}
@@ -88,3 +96,19 @@ details[open] summary{margin-bottom:8px}
 footer{margin-top:36px;color:var(--faint);font-size:12.5px}
 @media print{body{background:#fff}.card,.tile{break-inside:avoid}main{max-width:none;padding:0}}
 """.strip()
+
+_FONT = 'font:11px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif'
+
+STYLE = "\n".join([_COLOURS, _PAGE, f"svg{{display:block;width:100%;height:auto;{_FONT}}}", _MARKS, _TABLES])
+"""Of the report: a page with pictures in it."""
+
+PICTURE_STYLE = "\n".join(
+    [
+        _COLOURS,
+        f"svg{{{_FONT}}}",
+        ".page{fill:var(--card)}svg .title{font-size:14px;font-weight:600;fill:var(--ink)}",
+        _MARKS,
+        "svg .mark{stroke:var(--ink)}",
+    ]
+)
+"""Of a picture that stands alone in a file."""

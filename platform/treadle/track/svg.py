@@ -294,11 +294,19 @@ def _strips(lines: Sequence[Line], frame: _Frame, x_label: str) -> list[str]:
 
 
 def bar_chart(
-    bars: Sequence[Bar], *, label: str, unit: str, x_label: str, high: float | None = None, last_edge: str | None = None
+    bars: Sequence[Bar],
+    *,
+    label: str,
+    unit: str,
+    x_label: str,
+    high: float | None = None,
+    last_edge: str | None = None,
+    marks: Mapping[float, str] | None = None,
 ) -> str:
     """Bars side by side from 0 to `high`, named underneath, as many as there is room for.
 
-    With `last_edge` the names are edges and stand below the bars' borders.
+    With `last_edge` the names are edges and stand below the bars' borders. `marks` are upright lines with a title, at
+    1.5 in the middle of the second bar.
     """
     if not bars:
         return '<p class="none">Nothing was counted.</p>'
@@ -312,6 +320,12 @@ def bar_chart(
         parts.append(
             f'<rect class="bar s0" x="{frame.x(i) + gap / 2:.1f}" y="{top:.1f}" width="{width - gap:.1f}" '
             f'height="{frame.bottom - top:.1f}" rx="{min(2.0, width / 4):.1f}"><title>{text(bar.title)}</title></rect>'
+        )
+    for at, title in (marks or {}).items():
+        x = frame.x(min(max(at, 0.0), len(bars)))
+        parts.append(
+            f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{frame.bottom}"><title>{text(title)}</title>'
+            "</line>"
         )
     names = [bar.name for bar in bars] + ([last_edge] if last_edge is not None else [])
     shift = 0.0 if last_edge is not None else 0.5

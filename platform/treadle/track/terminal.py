@@ -7,14 +7,13 @@ name or message of a run can wrap a line or steer the terminal.
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
+from treadle.track.screen import Screen, cells, cut, one_line
 from treadle.units import format_count, format_duration_s
 
 __all__ = ["Progress", "Snapshot", "chart", "format_progress", "sparkline", "table"]
@@ -22,28 +21,6 @@ __all__ = ["Progress", "Snapshot", "chart", "format_progress", "sparkline", "tab
 _QUIET_EVENTS = frozenset({"start", "checkpoint", "evaluate", "end"})
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _BRAILLE_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # by column, then from the top
-
-
-def _plain(text: object) -> str:
-    """`text` on one line, without control characters and bidirectional overrides."""
-    kept = (" " if c in "\n\t\r" else c for c in str(text))
-    return "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "�" for c in kept)
-
-
-def _cells(text: str) -> int:
-    """Columns that `text` takes."""
-    if text.isascii():
-        return len(text)
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
-
-
-def _cut(text: str, width: int) -> str:
-    if _cells(text) <= width:
-        return text
-    while text and _cells(text) > width - 1:
-        text = text[:-1]
-    return text + "…" if width > 0 else ""
 
 
 def _short(value: float) -> str:
@@ -74,12 +51,12 @@ def format_progress(at: Snapshot, *, width: int, color: bool = False, ascii_only
     if at.loss is not None:
         parts.append((1, f"loss {_short(at.loss)}"))
     if at.headline is not None:
-        parts.append((2, f"{_plain(at.headline[0])} {_short(at.headline[1])}"))
+        parts.append((2, f"{one_line(at.headline[0])} {_short(at.headline[1])}"))
     if at.frames_per_s is not None:
         parts.append((5, f"{format_count(at.frames_per_s)} frames/s"))
     if at.eta_s is not None:
         parts.append((3, f"ETA {format_duration_s(at.eta_s)}"))
-    head, bar_width = f"{_plain(at.job)} {share:4.0%}", 16
+    head, bar_width = f"{one_line(at.job)} {share:4.0%}", 16
 
     def line(bar: str) -> str:
         return "  ".join([head, *([bar] if bar else []), *(text for _, text in parts)])
@@ -87,11 +64,11 @@ def format_progress(at: Snapshot, *, width: int, color: bool = False, ascii_only
     full, empty = ("#", "-") if ascii_only else ("━", "─")
     num_full = round(share * bar_width)
     bar = full * num_full + empty * (bar_width - num_full)
-    while _cells(line(bar)) > width and len(parts) > 1:
+    while cells(line(bar)) > width and len(parts) > 1:
         parts.remove(max(parts))
-    if _cells(line(bar)) > width:
+    if cells(line(bar)) > width:
         bar = ""
-    text = _cut(line(bar), width)
+    text = cut(line(bar), width)
     if ascii_only:
         return text.replace("…", ".").encode("ascii", "replace").decode()
     if color and bar:
@@ -131,19 +108,14 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
         width: int | None = None,
     ) -> None:
-        self._stream = stream
+        self._screen = Screen(stream, width=width)
         self._at = Snapshot(job=job, num_updates=num_updates, num_epochs=num_epochs)
         self._headline = headline
-        self._is_live = stream.isatty()
-        self._color = self._is_live and not no_color
-        self._ascii_only = not (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
-        self._interval_s = 0.1 if self._is_live else interval_s
+        self._color = self._screen.is_live and not no_color
+        self._interval_s = 0.1 if self._screen.is_live else interval_s
         self._clock = clock
-        self._width = width
         self._first: tuple[float, int] | None = None
         self._shown_s = -math.inf
-        self._is_drawn = False
-        self._is_broken = False
         self._lock = threading.RLock()
 
     def log(self, update: int, metrics: Mapping[str, float | str]) -> None:
@@ -177,9 +149,8 @@ class Progress:
     def notice(self, line: str) -> None:
         """Show one line above the progress line, uncut: it may hold a path to copy."""
         with self._lock:
-            text = _plain(line)
-            self._write(f"\r\x1b[K{text}\n" if self._is_drawn else f"{text}\n")
-            if self._is_drawn:
+            self._screen.say(line)
+            if self._screen.is_drawn:
                 self._draw()
 
     def close(self, outcome: str) -> None:
@@ -187,57 +158,33 @@ class Progress:
         with self._lock:
             self._at = replace(self._at, eta_s=None)
             self._draw()
-            self._write(f"\n{_plain(outcome)}\n" if self._is_drawn else f"{_plain(outcome)}\n")
-            self._is_drawn = False
+            self._screen.end()
+            self._screen.say(outcome)
 
     def _draw(self) -> None:
-        width = self._columns()
         at = replace(self._at, eta_s=None) if self._at.update >= self._at.num_updates else self._at
-        line = format_progress(at, width=width, color=self._color, ascii_only=self._ascii_only)
-        self._write(f"\r{line}\x1b[K" if self._is_live else f"{line}\n")
-        self._is_drawn = self._is_live
-
-    def _columns(self) -> int:
-        if self._width is not None:
-            return self._width
-        if not self._is_live:
-            return 160
-        try:
-            # One less: some terminals wrap as soon as the last column is written.
-            return max(20, os.get_terminal_size(self._stream.fileno()).columns - 1)
-        except (OSError, ValueError):
-            return 79
-
-    def _write(self, text: str) -> None:
-        if self._is_broken:
-            return
-        try:
-            if self._ascii_only:
-                text = text.encode("ascii", "replace").decode()
-            self._stream.write(text)
-            self._stream.flush()
-        except (OSError, ValueError):  # closed, or nobody reads the other end
-            self._is_broken = True
+        screen = self._screen
+        screen.draw(format_progress(at, width=screen.columns, color=self._color, ascii_only=screen.ascii_only))
 
 
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str], *, width: int | None = None) -> str:
     """Aligned columns, numbers to the right, None as "-"; lines longer than `width` are cut."""
-    cells = [[_cell(value) for value in row] for row in rows]
+    shown = [[_cell(value) for value in row] for row in rows]
     is_right = [
         any(_is_number(row[i]) for row in rows) and all(_is_number(row[i]) or row[i] is None for row in rows)
         for i in range(len(headers))
     ]
-    widths = [max(_cells(row[i]) for row in [list(headers), *cells]) for i in range(len(headers))]
+    widths = [max(cells(row[i]) for row in [list(headers), *shown]) for i in range(len(headers))]
 
     def line(row: Sequence[str]) -> str:
         padded = (
-            " " * (size - _cells(cell)) + cell if right else cell + " " * (size - _cells(cell))
+            " " * (size - cells(cell)) + cell if right else cell + " " * (size - cells(cell))
             for cell, size, right in zip(row, widths, is_right, strict=True)
         )
         text = "  ".join(padded).rstrip()
-        return text if width is None else _cut(text, width)
+        return text if width is None else cut(text, width)
 
-    return "\n".join(line(row) for row in [list(headers), ["─" * size for size in widths], *cells])
+    return "\n".join(line(row) for row in [list(headers), ["─" * size for size in widths], *shown])
 
 
 def _is_number(value: object) -> bool:
@@ -249,7 +196,7 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return _short(value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _plain(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else one_line(value)
 
 
 def _resample(values: Sequence[float], num: int) -> list[float | None]:
@@ -281,7 +228,7 @@ def chart(values: Sequence[float], *, width: int = 60, height: int = 8, label: s
     points = _resample(values, 2 * width) if values else []
     finite = [value for value in points if value is not None]
     if not finite:
-        return f"{_plain(label)}: nothing to draw yet" if label else "nothing to draw yet"
+        return f"{one_line(label)}: nothing to draw yet" if label else "nothing to draw yet"
     low, high = min(finite), max(finite)
     span, num_rows = high - low, 4 * height
     grid = [[0] * width for _ in range(height)]
@@ -305,4 +252,4 @@ def chart(values: Sequence[float], *, width: int = 60, height: int = 8, label: s
         f"{mark:>{margin}} ┤{''.join(chr(0x2800 + bits) for bits in row)}"
         for mark, row in zip(marks, grid, strict=True)
     ]
-    return "\n".join([*([f"{'':>{margin}}  {_plain(label)}"] if label else []), *lines])
+    return "\n".join([*([f"{'':>{margin}}  {one_line(label)}"] if label else []), *lines])

@@ -147,3 +147,17 @@ def test_attempts_over_time() -> None:
     assert float(first.attrib["x"]) + float(first.attrib["width"]) < float(second.attrib["x"])
     read(span_chart([Span(label="1", start_s=5.0, end_s=5.0, tone="calm", title="")], label="short"))
     assert "Nothing" in span_chart([], label="none")
+
+
+def test_marks_stand_between_bars_and_tell_what_they_are() -> None:
+    bars = [Bar(name=str(i), value=1 + i, title="t") for i in range(4)]
+    marks = {0.0: "first", 1.5: "middle", 4.0: "last", 9.0: "outside"}
+    root = read(bar_chart(bars, label="l", unit="rows", x_label="steps", marks=marks))
+    lines = [node for node in root.iter("line") if node.attrib["class"] == "mark"]
+    rects = [node for node in root.iter("rect") if "bar" in node.attrib["class"]]
+    second = rects[1]
+    places = [float(line.attrib["x1"]) for line in lines]
+    assert places[1] == pytest.approx(float(second.attrib["x"]) + float(second.attrib["width"]) / 2, abs=0.2)
+    assert places[0] <= float(rects[0].attrib["x"])
+    assert places[2] == places[3] >= float(rects[3].attrib["x"]) + float(rects[3].attrib["width"])
+    assert ["".join(line.itertext()) for line in lines] == list(marks.values())

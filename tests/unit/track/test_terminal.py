@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treadle.track.terminal import Progress, Snapshot, _cells, chart, format_progress, sparkline, table
+from treadle.track.screen import cells
+from treadle.track.terminal import Progress, Snapshot, chart, format_progress, sparkline, table
 
 FULL = Snapshot(
     job="g2p",
@@ -81,7 +82,7 @@ def test_a_line_never_wraps(
     at = replace(FULL, job=job, loss=loss, update=update)
     line = format_progress(at, width=width, color=color, ascii_only=ascii_only)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", line)
-    assert _cells(shown) <= width
+    assert cells(shown) <= width
     assert not re.search(r"[\x00-\x1f\x7f-\x9f]", shown)
     if ascii_only and not color:
         assert line.isascii()
@@ -201,5 +202,5 @@ def test_curves_fall_where_values_fall() -> None:
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=50), st.integers(1, 30))
 def test_curves_take_any_values(values: list[float], width: int) -> None:
-    assert all(_cells(line.split("┤")[-1]) <= width for line in chart(values, width=width).splitlines() if "┤" in line)
+    assert all(cells(line.split("┤")[-1]) <= width for line in chart(values, width=width).splitlines() if "┤" in line)
     assert len(sparkline(values, width=width)) <= width
