@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format bench bench-cells bench-choose gpu jobs constraints clean
+.PHONY: setup demo test check format bench bench-cells bench-choose bench-data gpu jobs constraints clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,13 @@ bench-cells: setup
 # What each cell learns and costs, on tasks with known answers; a quarter of an hour.
 bench-choose: setup
 	$(BIN)/python tests/bench/choose.py
+
+# The data engine beside transformers, lhotse, torch's DataLoader, Hugging Face datasets and Ray Data; ten minutes.
+bench-data: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e ".[bench]"
+	$(BIN)/python tests/bench/data_planning.py
+	$(BIN)/python tests/bench/data_loading_peers.py
+	$(BIN)/python tests/bench/data_training.py
 
 # On a machine with a CUDA device.
 gpu: setup

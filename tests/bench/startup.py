@@ -33,7 +33,7 @@ COMMANDS: dict[str, list[str]] = {
         "optim.lrr=1",
         "train.epochs=0",
         "+x=1",
-        "data.seed=a",
+        "split.seed=a",
     ],
     "ray --help": [str(BIN / "ray"), "--help"],
     "wandb --help": [str(BIN / "wandb"), "--help"],
