@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from treadle.data.chunk import Chunk
+from treadle.data.manifest import ROW_SCHEMA
 from treadle.data.order import starts_of
 from treadle.data.splits import splitmix64
 from treadle.spec import TargetPer
@@ -25,23 +26,12 @@ __all__ = ["FACTS", "Hashes", "chunk_facts", "gaps_of", "hash_texts"]
 
 FACTS = pa.schema(
     [
-        ("length", pa.uint32()),
-        ("targets", pa.uint32()),
-        ("label_frames", pa.uint32()),
-        ("label", pa.int32()),
-        ("weight", pa.float32()),
-        ("time", pa.float64()),
-        ("last", pa.float64()),
-        ("entity", pa.uint64()),
-        ("group", pa.uint64()),
-        ("inputs", pa.uint64()),
-        ("content", pa.uint64()),
-        ("split", pa.uint8()),
-        ("id", pa.uint64()),
-        ("text", pa.uint32()),
-        ("place", pa.uint32()),
-        ("number", pa.int64()),
-        ("file", pa.int32()),
+        *ROW_SCHEMA,
+        pa.field("id", pa.uint64()),
+        pa.field("text", pa.uint32()),
+        pa.field("place", pa.uint32()),
+        pa.field("number", pa.int64()),
+        pa.field("file", pa.int32()),
     ]
 )
 """Columns of a part's facts: those of a manifest; and hash of the id (0: none), bytes of the entity, place in the part

@@ -26,13 +26,13 @@ from treadle.errors import IntegrityError
 from treadle.plan import DataCard, SplitCard
 from treadle.spec import InputKind, Leak, Missing, Signature, TargetKind, TargetPer
 
-__all__ = ["COLUMNS", "NO_SPLIT", "Block", "Content", "Finding", "Header", "Manifest", "Preprocessing"]
+__all__ = ["COLUMNS", "NO_SPLIT", "ROW_SCHEMA", "Block", "Content", "Finding", "Header", "Manifest", "Preprocessing"]
 
 SCHEMA = 2
 NO_SPLIT = 255
 """In the column `split`: a row that is in no split, such as one that was purged."""
 
-_SCHEMA = pa.schema(
+ROW_SCHEMA = pa.schema(
     [
         ("split", pa.uint8()),
         ("length", pa.uint32()),
@@ -48,7 +48,7 @@ _SCHEMA = pa.schema(
         ("content", pa.uint64()),
     ]
 )
-COLUMNS = tuple(_SCHEMA.names)
+COLUMNS = tuple(ROW_SCHEMA.names)
 """Names of what is kept of each row."""
 _HINT = "build the data set again"
 
@@ -209,8 +209,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         meta = {b"treadle": wire.record("dataset", SCHEMA, self.header)}
-        arrays = [pa.array(self.columns[field.name], type=field.type) for field in _SCHEMA]
-        batch = pa.record_batch(arrays, schema=_SCHEMA.with_metadata(meta))
+        arrays = [pa.array(self.columns[field.name], type=field.type) for field in ROW_SCHEMA]
+        batch = pa.record_batch(arrays, schema=ROW_SCHEMA.with_metadata(meta))
         sink = io.BytesIO()
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
@@ -229,7 +229,7 @@ class Manifest:
             table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
             meta = table.schema.metadata[b"treadle"]
             table.validate(full=True)
-            if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
+            if not table.schema.equals(ROW_SCHEMA) or any(column.null_count for column in table.columns):
                 raise ValueError("other columns than a manifest has, or nulls in them")
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"{where}: not a manifest ({error})", hint=_HINT) from None
