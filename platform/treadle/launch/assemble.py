@@ -82,7 +82,7 @@ def assemble(around: Surroundings) -> tuple[Run, Manifest, RowReader]:
     torch.manual_seed(spec.train.seed)
     network = build_network(spec.model, spec.task, plan.signature).to(world.device)
     optimizer = build_optimizer(spec.optim, network)
-    form = _form(network)
+    form = _form(network, spec, world)
     state = _restored(around, network, optimizer)
 
     def feed_of(batches: JobSpec) -> Feed:
@@ -129,8 +129,10 @@ def assemble(around: Surroundings) -> tuple[Run, Manifest, RowReader]:
     return run, manifest, reader
 
 
-def _form(network: nn.Module) -> Form:
-    return Form.packed if isinstance(network, Network) and network.packed else Form.padded
+def _form(network: nn.Module, spec: JobSpec, world: World) -> Form:
+    """Packed where nothing lays that out anew, or where a device can pad what it was sent without padding."""
+    on_device = world.device.type == "cuda" and spec.batch.multiple_of == 1
+    return Form.packed if on_device or (isinstance(network, Network) and network.packed) else Form.padded
 
 
 def _task(spec: JobSpec, plan: Plan, manifest: Manifest) -> Task:
