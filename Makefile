@@ -37,6 +37,10 @@ jobs: setup
 bench: setup
 	$(BIN)/python tests/bench/startup.py
 	$(BIN)/python tests/bench/batching.py
+	$(BIN)/python tests/bench/data_loading.py
+	$(BIN)/python tests/bench/data_build.py
+	$(BIN)/python tests/bench/data_memory.py
+	$(BIN)/python tests/bench/data_augment.py
 	$(BIN)/python tests/bench/tracking.py
 	$(BIN)/python tests/bench/scan.py
 	$(BIN)/python tests/bench/transducer.py
