@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from treadle.data.chunk import Chunk
 from treadle.data.manifest import ROW_SCHEMA
+from treadle.data.mixing import splitmix64
 from treadle.data.order import starts_of
-from treadle.data.splits import splitmix64
 from treadle.spec import TargetPer
 
 __all__ = ["FACTS", "Hashes", "chunk_facts", "gaps_of", "hash_texts"]

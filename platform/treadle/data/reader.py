@@ -25,6 +25,7 @@ from treadle.data.gather_native import best_gather
 from treadle.data.manifest import Manifest
 from treadle.data.near import BlockSource, NearBlocks
 from treadle.data.opened import OpenBlocks
+from treadle.data.order import starts_of
 from treadle.spec import TargetKind, TargetPer
 
 __all__ = ["Readable", "RowReader"]
@@ -318,9 +319,9 @@ class RowReader:
             gaps = self._copied(opened.gaps, self._items_of(opened.gaps, found.rows_B), np.float32)
         return BlockRows(
             values=values,
-            value_offsets=_offsets(found.counts_B * opened.values.width),
+            value_offsets=starts_of(found.counts_B * opened.values.width),
             targets=targets,
-            target_offsets=_offsets(target_counts),
+            target_offsets=starts_of(target_counts),
             gaps_N=gaps,
             entities=self._entities(found.rows_B),
         )
@@ -365,7 +366,3 @@ def _ids_of(stored: tuple[str, ...], known: tuple[str, ...], *, other: int) -> I
         return None
     ids = {name: i for i, name in enumerate(known)}
     return np.array([ids.get(name, other) for name in stored], np.int64)
-
-
-def _offsets(counts_R: Ints) -> Ints:
-    return np.concatenate([[0], np.cumsum(counts_R)]).astype(np.int64)

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from treadle.data.draft import SPLITS
 from treadle.data.manifest import NO_SPLIT
+from treadle.data.mixing import splitmix64
 from treadle.errors import ConfigError, DataError
 from treadle.spec import SplitBy, SplitSpec, Window
 
-__all__ = ["Assigned", "assign", "is_timed", "splitmix64", "window_reaches"]
+__all__ = ["Assigned", "assign", "is_timed", "window_reaches"]
 
 Ints = NDArray[np.int64]
 Places = NDArray[np.uint8]
@@ -41,17 +42,6 @@ class Assigned:
 
     split_R: Places
     dropped: dict[str, int]
-
-
-def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijection of 64 bits in which every input bit moves about half of the output bits.
-
-    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", with Stafford's variant 13.
-    """
-    z = np.asarray(values, np.uint64).reshape(-1) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))).reshape(np.shape(values))
 
 
 def assign(columns: Mapping[str, NDArray[Any]], spec: SplitSpec) -> Assigned:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from treadle.data.batch import Form
 from treadle.data.manifest import Manifest
+from treadle.data.order import starts_of
 from treadle.data.reader import RowReader
 from treadle.plan import StreamPieces, StreamPlan
 from treadle.spec import TargetPer
@@ -76,7 +77,7 @@ def _batch(reader: RowReader, rows_R: Ints, lengths_R: Ints, pieces: StreamPiece
     read = reader.batch(
         rows_R[pieces.rows_P], form=Form.packed, starts_B=pieces.starts_P, stops_B=pieces.stops_P + more_P
     )
-    first_P, kept_P = _offsets(counts_P + more_P), _offsets(counts_P)
+    first_P, kept_P = starts_of(counts_P + more_P)[:-1], starts_of(counts_P)[:-1]
     place_N = np.arange(int(counts_P.sum())) + np.repeat(first_P - kept_P, counts_P)
     starts_N = np.zeros(len(place_N), np.bool_)
     starts_N[kept_P] = pieces.begins_P
@@ -96,7 +97,3 @@ def _batch(reader: RowReader, rows_R: Ints, lengths_R: Ints, pieces: StreamPiece
         values_NK=read.values[kept_PT] if per_frame and read.values is not None else None,
         gaps_N=None if read.gaps is None else read.gaps[place_N],
     )
-
-
-def _offsets(counts: Ints) -> Ints:
-    return np.cumsum(counts) - counts

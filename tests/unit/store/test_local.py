@@ -244,9 +244,9 @@ except TransientError as error:
 @given(st.text(max_size=20) | st.from_regex(r"[a./~\\\-\x00 ]{1,8}"))
 def test_no_key_leaves_the_root(key: str) -> None:
     if is_key(key):
-        path = Path("/root") / check_key(key)
+        path = Path("/store") / check_key(key)
         assert Path(os.path.normpath(path)) == path
-        assert str(path) == f"/root/{key}"
+        assert str(path) == f"/store/{key}"
         assert not any(part.startswith(".") for part in path.parts)
     else:
         with pytest.raises(ConfigError):
