@@ -10,7 +10,7 @@ import numpy as np
 from recording import record
 
 from treadle.data import Batch, Draft, Form, Frames, Labels, Row, RowReader, build_dataset
-from treadle.data.augment import augment_batch
+from treadle.data.load.augment import augment_batch
 from treadle.spec import AugmentSpec, DataSpec, Leak
 from treadle.testing import MemoryBlobs
 

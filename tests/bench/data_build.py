@@ -25,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 from recording import record
 
-from treadle.data.build import Origin, build_rows
-from treadle.data.sources import open_source
+from treadle.data.build.pipeline import Origin, build_rows
+from treadle.data.sources.declared import open_source
 from treadle.spec import ColumnsSpec, DataSpec
 from treadle.store.local import LocalBlobs
 

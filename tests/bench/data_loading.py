@@ -26,13 +26,13 @@ from data_peers import Ints, reference_lengths
 from numpy.typing import NDArray
 from recording import record
 
-from treadle.data.batch import Form
 from treadle.data.blocks import BlockRows, encode_shard
-from treadle.data.buffers import Buffers
-from treadle.data.gather import Gather, NumpyGather
-from treadle.data.gather_native import best_gather, gather_status
+from treadle.data.load.batch import Form
+from treadle.data.load.buffers import Buffers
+from treadle.data.load.gather import Gather, NumpyGather
+from treadle.data.load.gather_native import best_gather, gather_status
+from treadle.data.load.reader import RowReader
 from treadle.data.manifest import Block, Content, Header, Manifest, Preprocessing
-from treadle.data.reader import RowReader
 from treadle.plan import plan_epoch
 from treadle.spec import BatchSpec, TargetKind, TargetPer
 from treadle.store.local import LocalBlobs

@@ -82,7 +82,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    from treadle.data.gather_native import gather_status
+    from treadle.data.load.gather_native import gather_status
     from treadle.nn import scan_backends
 
     remedies = {"cpu": "install a C compiler (cc)", "cuda": "install triton"}

@@ -4,18 +4,18 @@ A preparation script imports `Draft`, `Row`, what inputs and targets are (`Token
 and `fetch` from here.
 """
 
-from treadle.data.ahead import ahead
-from treadle.data.batch import Batch, Form
-from treadle.data.block_cache import BlockCache
-from treadle.data.buffers import Buffers, Lease
-from treadle.data.build import Means, Origin, build_dataset, build_rows, build_view
+from treadle.data.build.pipeline import Means, Origin, build_dataset, build_rows, build_view
 from treadle.data.draft import SPLITS, Draft, Frames, Labels, Row, Tokens, Values
-from treadle.data.fetch import fetch
+from treadle.data.load.ahead import ahead
+from treadle.data.load.batch import Batch, Form
+from treadle.data.load.block_cache import BlockCache
+from treadle.data.load.buffers import Buffers, Lease
+from treadle.data.load.reader import RowReader
+from treadle.data.load.streams import StreamBatch, read_streams
 from treadle.data.manifest import Header, Manifest, Preprocessing
-from treadle.data.reader import RowReader
 from treadle.data.shelf import find_dataset, find_rows, load_manifest, note_dataset, recipe_digest, rows_recipe
-from treadle.data.sources import open_source
-from treadle.data.streams import StreamBatch, read_streams
+from treadle.data.sources.declared import open_source
+from treadle.data.sources.fetch import fetch
 
 __all__ = [
     "SPLITS",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from treadle.data.audit import audit
-from treadle.data.block_cache import BlockCache
-from treadle.data.fit import fit_preprocessing
+from treadle.data.load.block_cache import BlockCache
+from treadle.data.load.reader import RowReader
 from treadle.data.manifest import Finding, Manifest
-from treadle.data.reader import RowReader
 from treadle.data.shelf import find_dataset, find_rows, recipe_digest, rows_recipe
+from treadle.data.splits.audit import audit
+from treadle.data.splits.fit import fit_preprocessing
 from treadle.errors import ConfigError
 from treadle.spec import JobSpec
 from treadle.store import Blobs

@@ -14,7 +14,7 @@ from torch import nn
 
 from treadle import wire
 from treadle.data import Batch
-from treadle.data.collate import collate_inputs
+from treadle.data.load.collate import collate_inputs
 from treadle.errors import IntegrityError
 from treadle.serve.inputs import Encoded, Reader
 from treadle.spec import ClassifySpec, ServeSpec

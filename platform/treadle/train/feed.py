@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from treadle.data import Batch, Buffers, Form, Lease, Manifest, RowReader, ahead
-from treadle.data.augment import augment_batch
+from treadle.data.load.augment import augment_batch
 from treadle.plan import EpochPlan, class_repeats, plan_epoch, trainable_rows
 from treadle.spec import AugmentSpec, JobSpec, TargetPer
 from treadle.train.task import Task

@@ -14,7 +14,7 @@ from treadle.data.blocks import decode_block
 from treadle.data.chunk import Chunk, Part, Schema
 from treadle.data.draft import Draft, Row
 from treadle.data.manifest import Manifest
-from treadle.data.rows import chunks_of_rows
+from treadle.data.sources.rows import chunks_of_rows
 from treadle.spec import TargetKind
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from treadle.data.batch import Batch, Form
 from treadle.data.blocks import BlockRows, encode_shard
+from treadle.data.load.batch import Batch, Form
 from treadle.data.manifest import Content, Header, Manifest, Preprocessing
 from treadle.spec import Missing, TargetKind, TargetPer
 

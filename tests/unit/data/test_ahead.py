@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from treadle.data.ahead import ahead
+from treadle.data.load.ahead import ahead
 
 
 def loaders() -> list[threading.Thread]:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from row_tables import Asked, frames_table, table, tokens_table
 
-from treadle.data.audit import audit
-from treadle.data.features import FEWEST, MOST_BLOCKS, MOST_FRAMES, MOST_ROWS, aucs, telling_features
-from treadle.data.fit import fit_preprocessing
 from treadle.data.manifest import NO_SPLIT
+from treadle.data.splits.audit import audit
+from treadle.data.splits.features import FEWEST, MOST_BLOCKS, MOST_FRAMES, MOST_ROWS, aucs, telling_features
+from treadle.data.splits.fit import fit_preprocessing
 from treadle.spec import DataSpec, Leak, Missing, SplitBy, SplitSpec, TargetPer
 
 TRAIN, VALID, TEST = range(3)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.data import Batch, Form, Preprocessing
-from treadle.data.augment import augment_batch
-from treadle.data.draws import Draws, Purpose
+from treadle.data.load.augment import augment_batch
+from treadle.data.load.draws import Draws, Purpose
 from treadle.spec import AugmentSpec, Missing
 
 EVERYTHING = AugmentSpec(

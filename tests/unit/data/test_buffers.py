@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from treadle.data.buffers import Buffers, aligned
+from treadle.data.load.buffers import Buffers, aligned
 
 
 def test_what_came_back_is_lent_again() -> None:

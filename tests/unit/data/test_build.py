@@ -13,9 +13,9 @@ from build_rig import CutSource, expected_rows, plain, stored_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle.data.build import Means, Origin, build_dataset, build_rows, build_view
+from treadle.data.build.inline import run_inline
+from treadle.data.build.pipeline import Means, Origin, build_dataset, build_rows, build_view
 from treadle.data.draft import Draft, Frames, Labels, Row, Tokens, Values
-from treadle.data.inline import run_inline
 from treadle.data.manifest import NO_SPLIT, Manifest
 from treadle.data.shelf import load_manifest
 from treadle.errors import ConflictError, DataError, IntegrityError

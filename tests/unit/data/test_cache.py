@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from reader_rig import Toy, assert_same, expected, toy
 
-from treadle.data.batch import Form
-from treadle.data.block_cache import BlockCache
 from treadle.data.blocks import checksum
-from treadle.data.fetch_blocks import FarBlocks, Reading
-from treadle.data.reader import RowReader
+from treadle.data.load.batch import Form
+from treadle.data.load.block_cache import BlockCache
+from treadle.data.load.fetch_blocks import FarBlocks, Reading
+from treadle.data.load.reader import RowReader
 from treadle.errors import IntegrityError, TransientError
 from treadle.testing import MemoryBlobs
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle.data.check import check_chunk
+from treadle.data.build.check import check_chunk
 from treadle.data.chunk import Chunk, Problem, Schema
 from treadle.data.draft import Frames, Labels, Tokens, Values
 from treadle.spec import TargetPer

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle.data import events
 from treadle.data.chunk import CHUNK_BYTES
 from treadle.data.draft import Frames, Labels, Tokens, Values
-from treadle.data.events import open_events
-from treadle.data.lines import open_lines
-from treadle.data.sources import open_source
+from treadle.data.sources import events
+from treadle.data.sources.declared import open_source
+from treadle.data.sources.events import open_events
+from treadle.data.sources.lines import open_lines
 from treadle.errors import ConfigError, DataError
 from treadle.spec import ColumnsSpec, DataSpec, Layout, Missing, TargetPer
 

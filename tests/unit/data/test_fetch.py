@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 
-from treadle.data.fetch import download, fetch
+from treadle.data.sources.fetch import download, fetch
 from treadle.errors import DataError, IntegrityError, TransientError
 
 FILES = {"a.txt": b"alpha\n" * 50, "b c.txt": b"beta"}

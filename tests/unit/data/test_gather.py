@@ -13,12 +13,12 @@ from reader_rig import Toy, assert_same, expected, expected_frames, toy
 from torch.nn.utils.rnn import pad_sequence
 
 from treadle import native
-from treadle.data import gather_native
-from treadle.data.batch import Form
-from treadle.data.buffers import Buffers, aligned
-from treadle.data.gather import Gather, NumpyGather
-from treadle.data.gather_native import NativeGather, best_gather, gather_status
-from treadle.data.reader import RowReader
+from treadle.data.load import gather_native
+from treadle.data.load.batch import Form
+from treadle.data.load.buffers import Buffers, aligned
+from treadle.data.load.gather import Gather, NumpyGather
+from treadle.data.load.gather_native import NativeGather, best_gather, gather_status
+from treadle.data.load.reader import RowReader
 from treadle.errors import IntegrityError
 from treadle.spec import Missing, TargetKind, TargetPer
 from treadle.testing import MemoryBlobs

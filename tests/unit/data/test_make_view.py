@@ -9,12 +9,12 @@ import pytest
 from row_tables import Asked, frames_table, table, tokens_table
 
 from treadle import wire
-from treadle.data.build import build_rows
+from treadle.data.build.pipeline import build_rows
 from treadle.data.draft import Draft, Frames, Labels, Row
-from treadle.data.fit import fit_preprocessing
+from treadle.data.load.reader import RowReader
 from treadle.data.manifest import NO_SPLIT, Manifest
-from treadle.data.reader import RowReader
-from treadle.data.view import make_view
+from treadle.data.splits.fit import fit_preprocessing
+from treadle.data.splits.view import make_view
 from treadle.errors import ConfigError, DataError
 from treadle.spec import DataSpec, Leak, Missing, SplitBy, SplitSpec
 from treadle.testing.memory import MemoryBlobs

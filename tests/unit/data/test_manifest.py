@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from treadle import wire
-from treadle.data.build import Means, build_dataset
+from treadle.data.build.pipeline import Means, build_dataset
 from treadle.data.draft import Draft, Labels, Row, Tokens
 from treadle.data.manifest import COLUMNS, Header, Manifest
 from treadle.errors import IntegrityError

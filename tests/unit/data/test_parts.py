@@ -11,11 +11,11 @@ import pytest
 import xxhash
 from build_rig import CutSource
 
+from treadle.data.build.facts import chunk_facts, hash_texts
+from treadle.data.build.parts import PartJob, read_facts, write_part
+from treadle.data.build.scratch import Scratch
 from treadle.data.chunk import Chunk
 from treadle.data.draft import Draft, Labels, Row, Tokens
-from treadle.data.facts import chunk_facts, hash_texts
-from treadle.data.parts import PartJob, read_facts, write_part
-from treadle.data.scratch import Scratch
 from treadle.errors import IntegrityError, NotFoundError
 from treadle.spec import TargetPer
 from treadle.store.local import LocalBlobs

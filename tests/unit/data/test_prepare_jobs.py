@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from treadle.data.build import build_dataset
+from treadle.data.build.pipeline import build_dataset
 from treadle.errors import DataError, IntegrityError
 from treadle.spec import DataSpec, SplitSpec
 from treadle.spec.compose import compose_job

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from row_tables import frames_table, table, tokens_table
 
-from treadle.data.fit import UNKNOWN, Moments, fit_preprocessing
 from treadle.data.manifest import NO_SPLIT
+from treadle.data.splits.fit import UNKNOWN, Moments, fit_preprocessing
 from treadle.errors import ConfigError, DataError
 from treadle.spec import DataSpec, Missing, TargetPer
 

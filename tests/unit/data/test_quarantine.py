@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treadle.data.build.quarantine import Quarantine, duplicate_ids
 from treadle.data.chunk import Problem
-from treadle.data.quarantine import Quarantine, duplicate_ids
 from treadle.errors import DataError
 from treadle.spec import DataSpec, OnBadRow
 

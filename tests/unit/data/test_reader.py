@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from reader_rig import Toy, assert_same, expected, toy
 
-from treadle.data.batch import Form
-from treadle.data.collate import collate_inputs
-from treadle.data.fetch_blocks import Reading
-from treadle.data.reader import RowReader
+from treadle.data.load.batch import Form
+from treadle.data.load.collate import collate_inputs
+from treadle.data.load.fetch_blocks import Reading
+from treadle.data.load.reader import RowReader
 from treadle.errors import DataError, IntegrityError, NotFoundError
 from treadle.spec import Missing, TargetPer
 from treadle.store.local import LocalBlobs

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from treadle.data.build.reuse import Reused
 from treadle.data.order import copy_rows, cut, row_order, starts_of
-from treadle.data.reuse import Reused
 
 NAMES = ("length", "entity", "content", "group", "last", "time", "weight", "split")
 

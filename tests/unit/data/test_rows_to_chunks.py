@@ -9,7 +9,7 @@ import pytest
 
 from treadle.data.chunk import keep_rows, used_names
 from treadle.data.draft import Draft, Frames, Labels, Row, Tokens, Values
-from treadle.data.rows import DraftSource
+from treadle.data.sources.rows import DraftSource
 from treadle.spec import TargetPer
 
 FRAMES = Frames(channels=("a", "b"))

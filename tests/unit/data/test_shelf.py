@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from treadle import wire
-from treadle.data.build import Means, build_dataset, build_rows
+from treadle.data.build.pipeline import Means, build_dataset, build_rows
 from treadle.data.draft import Draft, Labels, Row, Tokens
 from treadle.data.manifest import Manifest
 from treadle.data.shelf import (

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle.data import tables
 from treadle.data.chunk import CHUNK_BYTES
 from treadle.data.draft import Draft, Frames, Labels, Row, Tokens, Values
-from treadle.data.files import find_files
-from treadle.data.rows import DraftSource
-from treadle.data.sources import open_source
+from treadle.data.sources import tables
+from treadle.data.sources.declared import open_source
+from treadle.data.sources.files import find_files
+from treadle.data.sources.rows import DraftSource
 from treadle.errors import ConfigError, DataError, IntegrityError
 from treadle.spec import ColumnsSpec, DataSpec, Format, Missing, TargetPer
 
@@ -302,7 +302,7 @@ def test_slices_and_nulls_of_lists(rows, data, large, fixed, tmp_path_factory):
     batch = pa.record_batch({"x": array}).slice(start, data.draw(st.integers(1, len(rows) - start)))
     due = rows[start : start + batch.num_rows]
     from treadle.data.chunk import Schema
-    from treadle.data.columns import Reading, to_chunk
+    from treadle.data.sources.columns import Reading, to_chunk
 
     schema = Schema(inputs=Frames(channels=("x0", "x1")), target=None, timed=False)
     reading = Reading(columns=ColumnsSpec(inputs=["x"]), schema=schema, first="f", several=False)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from treadle.data.manifest import NO_SPLIT
 from treadle.data.mixing import splitmix64
-from treadle.data.splits import assign
+from treadle.data.splits.assign import assign
 from treadle.errors import ConfigError, DataError
 from treadle.spec import SplitBy, SplitSpec, Window
 

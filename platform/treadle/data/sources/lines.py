@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from treadle.data.chunk import Part
-from treadle.data.files import Place, find_files, sha256_of
-from treadle.data.infer import columns_of
-from treadle.data.tables import Piece, arrow_schema, check_columns, read_table, table_parts
-from treadle.data.texts import read_text, text_columns, text_schema
+from treadle.data.sources.files import Place, find_files, sha256_of
+from treadle.data.sources.infer import columns_of
+from treadle.data.sources.tables import Piece, arrow_schema, check_columns, read_table, table_parts
+from treadle.data.sources.texts import read_text, text_columns, text_schema
 from treadle.errors import ConfigError, DataError
 from treadle.spec import ColumnsSpec, DataSpec, Format
 

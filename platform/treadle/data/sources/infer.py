@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from treadle.data.arrays import (
+from treadle.data.chunk import Schema
+from treadle.data.draft import Frames, Labels, Tokens, Values
+from treadle.data.sources.arrays import (
     element_type,
     flat_lists,
     is_list,
@@ -22,8 +24,6 @@ from treadle.data.arrays import (
     is_time,
     names_things,
 )
-from treadle.data.chunk import Schema
-from treadle.data.draft import Frames, Labels, Tokens, Values
 from treadle.errors import ConfigError, did_you_mean
 from treadle.spec import ColumnsSpec, DataSpec, Missing, TargetPer
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.data.draft import SPLITS
-from treadle.data.features import telling_features
-from treadle.data.fit import RowSource
 from treadle.data.manifest import NO_SPLIT, Finding, Manifest, Preprocessing
-from treadle.data.splits import is_timed, window_reaches
+from treadle.data.splits.assign import is_timed, window_reaches
+from treadle.data.splits.features import telling_features
+from treadle.data.splits.fit import RowSource
 from treadle.spec import DataSpec, Leak, SplitSpec
 
 __all__ = ["HINTS", "ViewSpec", "audit"]

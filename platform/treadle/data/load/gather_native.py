@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle import native
-from treadle.data.gather import Column, FramesJob, Gather, Ints, Located, NumpyGather, Scaling
+from treadle.data.load.gather import Column, FramesJob, Gather, Ints, Located, NumpyGather, Scaling
 
 __all__ = ["NativeGather", "best_gather", "gather_status"]
 

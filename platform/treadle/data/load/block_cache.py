@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from treadle.data.near import map_file
+from treadle.data.load.near import map_file
 
 __all__ = ["BlockCache"]
 

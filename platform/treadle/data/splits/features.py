@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from treadle.data.blocks import BlockRows
 from treadle.data.draft import SPLITS
-from treadle.data.fit import RowSource
 from treadle.data.manifest import Manifest, Preprocessing
+from treadle.data.splits.fit import RowSource
 from treadle.spec import TargetKind, TargetPer
 
 __all__ = ["Telling", "aucs", "telling_features"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treadle.data.chunk import Chunk, Part, Schema
-from treadle.data.columns import Reading, to_chunk
-from treadle.data.events import EventsSource, open_events
-from treadle.data.infer import infer_rows
-from treadle.data.lines import Lines, open_lines
+from treadle.data.sources.columns import Reading, to_chunk
+from treadle.data.sources.events import EventsSource, open_events
+from treadle.data.sources.infer import infer_rows
+from treadle.data.sources.lines import Lines, open_lines
 from treadle.spec import ColumnsSpec, DataSpec, Layout
 
 __all__ = ["TableSource", "open_source"]

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from treadle.data.blocks import BlockRows, checksum, encode_shard, shard_room
 from treadle.data.manifest import Block, Content
 from treadle.data.order import copy_rows, cut, starts_of
-from treadle.data.reuse import Reused
-from treadle.data.runs import Run
-from treadle.data.scratch import Scratch, Shelf
+from treadle.data.build.reuse import Reused
+from treadle.data.build.runs import Run
+from treadle.data.build.scratch import Scratch, Shelf
 from treadle.errors import ConflictError, IntegrityError
 from treadle.spec import TargetKind
 

@@ -21,19 +21,19 @@ from typing import Any
 
 from treadle import wire
 from treadle.data.blocks import checksum
-from treadle.data.choose import Columns, choose_rows, gather_facts
+from treadle.data.build.choose import Columns, choose_rows, gather_facts
 from treadle.data.chunk import Chunk, Part, Source
 from treadle.data.draft import Draft, Labels
-from treadle.data.fetch_blocks import Reading
-from treadle.data.inline import run_inline
+from treadle.data.load.fetch_blocks import Reading
+from treadle.data.build.inline import run_inline
 from treadle.data.manifest import COLUMNS, SCHEMA, Block, Header, Manifest
-from treadle.data.names import content_of, merge_names
-from treadle.data.parts import PartJob, PartMeta, read_facts, write_part
-from treadle.data.reader import RowReader
-from treadle.data.rows import DraftSource
-from treadle.data.scratch import Scratch, Shelf, claim
-from treadle.data.view import make_view
-from treadle.data.zones import Zone, ZoneJob, create_once, plan_zones, used_ids, write_zone
+from treadle.data.build.names import content_of, merge_names
+from treadle.data.build.parts import PartJob, PartMeta, read_facts, write_part
+from treadle.data.load.reader import RowReader
+from treadle.data.sources.rows import DraftSource
+from treadle.data.build.scratch import Scratch, Shelf, claim
+from treadle.data.splits.view import make_view
+from treadle.data.build.zones import Zone, ZoneJob, create_once, plan_zones, used_ids, write_zone
 from treadle.spec import DataSpec, OnBadRow, SplitSpec
 
 __all__ = ["Means", "Origin", "build_dataset", "build_rows", "build_view"]

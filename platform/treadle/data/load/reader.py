@@ -15,16 +15,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import DTypeLike, NDArray
 
-from treadle.data.batch import Batch, Form
-from treadle.data.block_cache import BlockCache
 from treadle.data.blocks import BlockRows
-from treadle.data.buffers import Lease
-from treadle.data.fetch_blocks import FarBlocks, Reading
-from treadle.data.gather import Column, Gather, Located, Scaling, put_gaps
-from treadle.data.gather_native import best_gather
+from treadle.data.load.batch import Batch, Form
+from treadle.data.load.block_cache import BlockCache
+from treadle.data.load.buffers import Lease
+from treadle.data.load.fetch_blocks import FarBlocks, Reading
+from treadle.data.load.gather import Column, Gather, Located, Scaling, put_gaps
+from treadle.data.load.gather_native import best_gather
+from treadle.data.load.near import BlockSource, NearBlocks
+from treadle.data.load.opened import OpenBlocks
 from treadle.data.manifest import Manifest
-from treadle.data.near import BlockSource, NearBlocks
-from treadle.data.opened import OpenBlocks
 from treadle.data.order import starts_of
 from treadle.spec import TargetKind, TargetPer
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.data.batch import Batch, Form
-from treadle.data.draws import Draws, Purpose
+from treadle.data.load.batch import Batch, Form
+from treadle.data.load.draws import Draws, Purpose
 from treadle.data.manifest import Preprocessing
 from treadle.spec import AugmentSpec, Missing
 

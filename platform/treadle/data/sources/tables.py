@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from treadle.data.chunk import CHUNK_BYTES, Part, Problem
-from treadle.data.files import Place, SourceFile
+from treadle.data.sources.files import Place, SourceFile
 from treadle.errors import ConfigError, DataError, did_you_mean
 from treadle.spec import Format
 

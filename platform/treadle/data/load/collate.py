@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.data.gather import Scaling, put_gaps
+from treadle.data.load.gather import Scaling, put_gaps
 from treadle.data.manifest import Preprocessing
 from treadle.errors import DataError
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from treadle import wire
-from treadle.data.audit import HINTS, ViewSpec, audit
-from treadle.data.fit import RowSource, fit_preprocessing
 from treadle.data.manifest import Finding, Manifest, Preprocessing
-from treadle.data.splits import assign
+from treadle.data.splits.assign import assign
+from treadle.data.splits.audit import HINTS, ViewSpec, audit
+from treadle.data.splits.fit import RowSource, fit_preprocessing
 from treadle.errors import ConfigError, DataError
 
 __all__ = ["make_view"]

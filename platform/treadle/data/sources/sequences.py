@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from treadle.data.arrays import compute, encode
 from treadle.data.chunk import CHUNK_BYTES, Chunk, Problem, Schema, keep_rows
 from treadle.data.draft import SPLITS, Labels
-from treadle.data.tables import damaged
+from treadle.data.sources.arrays import compute, encode
+from treadle.data.sources.tables import damaged
 from treadle.spec import TargetPer
 
 __all__ = ["LINE_BITS", "chunks_of_events"]

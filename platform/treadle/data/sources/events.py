@@ -17,7 +17,9 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from treadle.data.arrays import (
+from treadle.data.chunk import CHUNK_BYTES, Chunk, Part, Problem, Schema
+from treadle.data.draft import SPLITS, Labels, Tokens, Values
+from treadle.data.sources.arrays import (
     element_type,
     is_list,
     is_number,
@@ -28,12 +30,10 @@ from treadle.data.arrays import (
     times,
     vectors,
 )
-from treadle.data.chunk import CHUNK_BYTES, Chunk, Part, Problem, Schema
-from treadle.data.draft import SPLITS, Labels, Tokens, Values
-from treadle.data.infer import infer_events
-from treadle.data.lines import Lines
-from treadle.data.sequences import LINE_BITS, chunks_of_events
-from treadle.data.tables import Piece
+from treadle.data.sources.infer import infer_events
+from treadle.data.sources.lines import Lines
+from treadle.data.sources.sequences import LINE_BITS, chunks_of_events
+from treadle.data.sources.tables import Piece
 from treadle.errors import ConfigError, DataError
 from treadle.spec import ColumnsSpec, DataSpec
 

@@ -19,8 +19,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from treadle.data.order import copy_rows, cut, row_order, starts_of
-from treadle.data.reuse import Reused
-from treadle.data.scratch import Scratch
+from treadle.data.build.reuse import Reused
+from treadle.data.build.scratch import Scratch
 
 __all__ = ["OpenRun", "Run"]
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.data.blocks import BlockRows, decode_block
-from treadle.data.gather import Column
+from treadle.data.load.gather import Column
+from treadle.data.load.near import BlockSource
 from treadle.data.manifest import Manifest
-from treadle.data.near import BlockSource
 from treadle.errors import IntegrityError
 from treadle.spec import TargetKind, TargetPer
 

@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from treadle.data.arrays import (
+from treadle.data.chunk import Chunk, Schema
+from treadle.data.draft import SPLITS, Frames, Labels, Tokens, Values
+from treadle.data.sources.arrays import (
     compute,
     element_type,
     encode,
@@ -30,9 +32,7 @@ from treadle.data.arrays import (
     times,
     vectors,
 )
-from treadle.data.chunk import Chunk, Schema
-from treadle.data.draft import SPLITS, Frames, Labels, Tokens, Values
-from treadle.data.tables import Piece
+from treadle.data.sources.tables import Piece
 from treadle.errors import DataError
 from treadle.spec import ColumnsSpec, TargetPer
 

@@ -13,8 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from treadle.data.block_cache import BlockCache
 from treadle.data.blocks import checksum
+from treadle.data.load.block_cache import BlockCache
 from treadle.data.manifest import Block
 from treadle.errors import IntegrityError, TransientError
 

@@ -16,10 +16,10 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 from numpy.typing import NDArray
 
-from treadle.data.arrays import compute
 from treadle.data.chunk import CHUNK_BYTES, Part, Problem
-from treadle.data.files import Place, SourceFile
-from treadle.data.tables import Piece, cut, damaged
+from treadle.data.sources.arrays import compute
+from treadle.data.sources.files import Place, SourceFile
+from treadle.data.sources.tables import Piece, cut, damaged
 from treadle.spec import Format
 
 __all__ = ["read_text", "text_columns", "text_schema"]

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from treadle.data.draft import SPLITS
-from treadle.data.fetch import download
+from treadle.data.sources.fetch import download
 from treadle.errors import ConfigError, DataError, IntegrityError, did_you_mean
 from treadle.spec import DataSpec, Format
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.data.batch import Form
+from treadle.data.load.batch import Form
+from treadle.data.load.reader import RowReader
 from treadle.data.manifest import Manifest
 from treadle.data.order import starts_of
-from treadle.data.reader import RowReader
 from treadle.plan import StreamPieces, StreamPlan
 from treadle.spec import TargetPer
 

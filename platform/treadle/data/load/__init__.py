@@ -1,0 +1,3 @@
+"""From row numbers to batches."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""From files, tables and scripts to rows in columns."""
+
+__all__: list[str] = []
