@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
@@ -44,7 +43,7 @@ def data() -> tuple[MemoryBlobs, Any]:
 
 
 def fresh(batch: Batch) -> Batch:
-    return dataclasses.replace(batch, inputs=batch.inputs.copy())
+    return batch._replace(inputs=batch.inputs.copy())
 
 
 def ns_a_value(work, batches: list[Any], values: int) -> float:

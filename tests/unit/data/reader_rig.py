@@ -210,11 +210,10 @@ def expected(
 
 def assert_same(got: Batch, wanted: Batch) -> None:
     """Bit for bit, and writable."""
-    for field in dataclasses.fields(Batch):
-        mine, theirs = getattr(got, field.name), getattr(wanted, field.name)
+    for name, mine, theirs in zip(Batch._fields, got, wanted, strict=True):
         if isinstance(theirs, np.ndarray):
-            assert mine.dtype == theirs.dtype, field.name
-            np.testing.assert_array_equal(mine, theirs, err_msg=field.name)
-            assert mine.flags.writeable, field.name
+            assert mine.dtype == theirs.dtype, name
+            np.testing.assert_array_equal(mine, theirs, err_msg=name)
+            assert mine.flags.writeable, name
         else:
-            assert mine is theirs, field.name
+            assert mine is theirs, name

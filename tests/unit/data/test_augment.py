@@ -351,7 +351,7 @@ def test_noise_goes_on_from_piece_to_piece_of_a_row():
     whole = changed(batch_of([20], known, rows=[4]), AugmentSpec(jitter=1), known).inputs[0]
     both = np.stack((row_of(4, 20, known)["inputs"][:12], np.zeros((12, 3), np.float32)))
     both[1, :8] = row_of(4, 20, known)["inputs"][12:]
-    pieces = dataclasses.replace(batch_of([12, 8], known), inputs=both, rows_B=np.array([4, 4]))
+    pieces = batch_of([12, 8], known)._replace(inputs=both, rows_B=np.array([4, 4]))
     after = changed(pieces, AugmentSpec(jitter=1), known, starts_B=np.array([0, 12])).inputs
     np.testing.assert_array_equal(np.concatenate((after[0], after[1, :8])), whole)
 

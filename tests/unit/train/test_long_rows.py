@@ -69,15 +69,13 @@ def test_pieces_of_a_row_give_the_gradients_of_the_whole_row(cell, pooling, form
                 continue
             seen += 1
             parts = [
-                dataclasses.replace(m, batch=dataclasses.replace(m.batch, inputs=m.batch.inputs.astype(np.float64)))
-                for m in micros
+                dataclasses.replace(m, batch=m.batch._replace(inputs=m.batch.inputs.astype(np.float64))) for m in micros
             ]
             loss = go_back(run, parts, 2.0)
             found = [p.grad.clone() for p in run.network.parameters()]
             run.network.zero_grad()
             axis = 0 if form is Form.packed else 1
-            whole = dataclasses.replace(
-                parts[-1].batch,
+            whole = parts[-1].batch._replace(
                 inputs=np.concatenate([part.batch.inputs for part in parts], axis=axis),
                 lengths_B=sum(part.batch.lengths_B for part in parts),
             )

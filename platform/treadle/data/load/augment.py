@@ -11,7 +11,7 @@ rows laid end to end, M slots: B * T of a padded batch, N of a packed one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -68,7 +68,7 @@ def augment_batch(
     if spec.shortens:
         batch = _shortened(batch, change, multiple_of)
     if not batch.inputs.flags.writeable:
-        batch = replace(batch, inputs=batch.inputs.copy())
+        batch = batch._replace(inputs=batch.inputs.copy())
     steps: tuple[tuple[bool | float, Callable[[Batch, _Change], Batch]], ...] = (
         (spec.warp, _warped),
         (spec.scale, _scaled),
@@ -192,7 +192,7 @@ def _shortened(batch: Batch, change: _Change, multiple_of: int) -> Batch:
         if batch.labels_BU.shape[1]:
             changes["labels_BU"] = _padded(batch.labels_BU[row_N, from_N], row_N, place_N, shape, -1)
             changes["label_lengths_B"] = lengths_B
-    return replace(batch, **changes)
+    return batch._replace(**changes)
 
 
 def _padded(flat_N: NDArray[Any], row_N: Ints, place_N: Ints, shape: tuple[int, int], empty: float) -> NDArray[Any]:
@@ -270,7 +270,7 @@ def _warped(batch: Batch, change: _Change) -> Batch:
             if old is not None and old.shape[1]:
                 changes[name] = old.copy()
                 changes[name][at] = old[source]
-    return replace(batch, **changes)
+    return batch._replace(**changes)
 
 
 def _warp_sources(slots: _Slots, change: _Change) -> NDArray[np.float64]:

@@ -51,46 +51,44 @@ typedef struct {
     const int64_t *starts, *stops; /* items of each asked row; 0: all */
     int64_t *address, *count, *label;
     float *weight;
-    int64_t *sums; /* the largest count, and the total */
+    int64_t *sums; /* of each batch, the largest count and the total */
+    int64_t num_batches;
 } Locate;
 
-/* -1, or the place among the asked rows of one that is not open; num_rows and more: of one that does not exist. */
-int64_t treadle_locate(const Locate *x)
+/* -1, or the place among the asked rows of one that is not open; num_rows and more: of one that does not exist.
+   `sizes`: rows of each batch. */
+int64_t treadle_locate(const Locate *x, const int64_t *sizes)
 {
-    int64_t largest = 0, total = 0;
     for (int64_t i = 0; i < x->num_rows; i++) {
         if (x->rows[i] < 0 || x->rows[i] >= x->num_entries)
             return x->num_rows + i;
         __builtin_prefetch(x->entries + x->rows[i]);
     }
-    for (int64_t i = 0; i < x->num_rows; i++) {
-        const Entry *entry = x->entries + x->rows[i];
-        if (!entry->address)
-            return i;
-        int64_t start = x->starts ? x->starts[i] : 0, stop = x->stops ? x->stops[i] : entry->count;
-        if (start < 0 || stop > entry->count || start > stop)
-            return x->num_rows + i;
-        x->address[i] = entry->address + start * x->item_bytes;
-        x->count[i] = stop - start;
-        x->label[i] = entry->label;
-        x->weight[i] = entry->weight;
-        total += stop - start;
-        largest = stop - start > largest ? stop - start : largest;
+    for (int64_t batch = 0, i = 0; batch < x->num_batches; batch++) {
+        int64_t largest = 0, total = 0;
+        for (int64_t end = i + sizes[batch]; i < end; i++) {
+            const Entry *entry = x->entries + x->rows[i];
+            if (!entry->address)
+                return i;
+            int64_t start = x->starts ? x->starts[i] : 0, stop = x->stops ? x->stops[i] : entry->count;
+            if (start < 0 || stop > entry->count || start > stop)
+                return x->num_rows + i;
+            x->address[i] = entry->address + start * x->item_bytes;
+            x->count[i] = stop - start;
+            x->label[i] = entry->label;
+            x->weight[i] = entry->weight;
+            total += stop - start;
+            largest = stop - start > largest ? stop - start : largest;
+        }
+        x->sums[2 * batch] = largest;
+        x->sums[2 * batch + 1] = total;
     }
-    x->sums[0] = largest;
-    x->sums[1] = total;
     return -1;
 }
 
 /* ---- frames ---- */
 
 #define GROUP 8 /* frames whose means lie end to end: whole vectors for any number of channels */
-
-typedef struct {
-    int64_t num_rows;
-    float *out;
-    int64_t steps; /* of a padded row, 0 where packed */
-} Target; /* one batch */
 
 typedef struct {
     const int64_t *rows, *address, *count; /* of all batches, one batch after the other */
@@ -199,12 +197,14 @@ static const int64_t *sorted(const Frames *f)
     return order;
 }
 
-static void find_places(const Frames *f, const Target *targets, int64_t num_targets)
+/* `batches`: where the rows of each end, where its frames go, and the steps of its rows, 0 where it is packed. */
+static void find_places(const Frames *f, const int64_t *batches, int64_t num_batches)
 {
-    for (int64_t k = 0, i = 0; k < num_targets; k++) {
-        float *out = targets[k].out;
-        for (int64_t stop = i + targets[k].num_rows; i < stop; i++) {
-            int64_t frames = targets[k].steps ? targets[k].steps : f->count[i];
+    const int64_t *ends = batches, *outs = batches + num_batches, *steps = batches + 2 * num_batches;
+    for (int64_t k = 0, i = 0; k < num_batches; k++) {
+        float *out = (float *)outs[k];
+        for (; i < ends[k]; i++) {
+            int64_t frames = steps[k] ? steps[k] : f->count[i];
             f->place[i] = (int64_t)out;
             f->room[i] = frames - f->count[i];
             out += frames * f->width;
@@ -214,12 +214,12 @@ static void find_places(const Frames *f, const Target *targets, int64_t num_targ
 
 /* Several batches at once, in the order in which their rows lie: batches that share a zone of lengths take most of the
    rows of its pages between them. */
-void treadle_frames(const Frames *f, const Target *targets, int64_t num_targets)
+void treadle_frames(const Frames *f, const int64_t *batches, int64_t num_batches)
 {
     int64_t frame_bytes = f->channels * sizeof(float);
     const int64_t *order = sorted(f);
     Cursor cursor = {f->address, f->count, order, f->num_rows, frame_bytes, 0, 0};
-    find_places(f, targets, num_targets);
+    find_places(f, batches, num_batches);
     run_ahead(&cursor, AHEAD);
     for (int64_t k = 0; k < f->num_rows; k++) {
         int64_t i = order[k], count = f->count[i];

@@ -9,6 +9,7 @@ An item is what a row has many of: a frame, a symbol, a label, a vector of value
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from treadle.data.manifest import Preprocessing
 from treadle.spec import Missing
 
-__all__ = ["Column", "FramesJob", "Gather", "Located", "NumpyGather", "Scaling", "put_gaps"]
+__all__ = ["Column", "Gather", "Located", "NumpyGather", "Scaling", "edges_of", "put_gaps"]
 
 Ints = NDArray[np.int64]
 GROUP = 8
@@ -31,12 +32,13 @@ ENTRY = np.dtype([("address", np.int64), ("count", np.uint32), ("weight", np.flo
 
 
 class Located(NamedTuple):
-    """Where the items of some rows are.
+    """Where the items of the rows of one batch, or of several after one another, are.
 
     Args:
-        rows_B: as asked. counts_B: items of each.
+        rows_B: as asked, of all batches. counts_B: items of each.
         starts_B: the first item of each; None: 0.
-        largest, total: of the counts.
+        edges: where the rows of each batch begin, and the end.
+        largest, totals: of the counts, for each batch.
         labels_B, weights_B: facts of the rows.
         address: where C has noted the places of the items, until the column is asked again; 0 where NumPy copies.
     """
@@ -44,33 +46,29 @@ class Located(NamedTuple):
     rows_B: Ints
     counts_B: Ints
     starts_B: Ints | None
-    largest: int
-    total: int
+    edges: list[int]
+    largest: list[int]
+    totals: list[int]
     labels_B: Ints
     weights_B: NDArray[np.float32]
     address: int = 0
 
-    def split(self, sizes: Sequence[int]) -> list[Located]:
-        """So many rows each; all together are these."""
-        if len(sizes) == 1:
-            return [self]
-        ends = list(itertools.accumulate(sizes))
-        starts = [0, *ends[:-1]]
-        largest = np.maximum.reduceat(self.counts_B, starts).tolist()
-        totals = np.add.reduceat(self.counts_B, starts).tolist()
-        return [
-            Located(
-                self.rows_B[a:b],
-                self.counts_B[a:b],
-                None if self.starts_B is None else self.starts_B[a:b],
-                largest[i],
-                totals[i],
-                self.labels_B[a:b],
-                self.weights_B[a:b],
-                self.address and self.address + 8 * a,
-            )
-            for i, (a, b) in enumerate(zip(starts, ends, strict=True))
-        ]
+    def part(self, number: int) -> Located:
+        """One of several batches."""
+        if len(self.totals) == 1:
+            return self
+        a, b = self.edges[number : number + 2]
+        return Located(
+            rows_B=self.rows_B[a:b],
+            counts_B=self.counts_B[a:b],
+            starts_B=None if self.starts_B is None else self.starts_B[a:b],
+            edges=[0, b - a],
+            largest=self.largest[number : number + 1],
+            totals=self.totals[number : number + 1],
+            labels_B=self.labels_B[a:b],
+            weights_B=self.weights_B[a:b],
+            address=self.address and self.address + 8 * a,
+        )
 
 
 class Column:
@@ -182,29 +180,44 @@ class Scaling:
         return cls(mean, inverse, missing, preprocessing.input_size)
 
 
-FramesJob = tuple[Located, NDArray[np.float32], int]
-"""(rows, where their frames go, steps)."""
-
-
 class Gather(Protocol):
     """Copies rows. `steps` is T of a padded batch; 0 makes a packed one.
 
     What `out` holds before is not read; all of it is written but the channel of gaps.
     """
 
-    def locate(self, column: Column, rows_B: Ints, starts_B: Ints | None, stops_B: Ints | None) -> Located | None:
+    def locate(
+        self,
+        column: Column,
+        rows_B: Ints,
+        starts_B: Ints | None = None,
+        stops_B: Ints | None = None,
+        *,
+        sizes: Sequence[int] = (),
+    ) -> Located | None:
         """Where these rows are; None where a block of theirs is not open.
+
+        Args:
+            sizes: rows of each batch, together these, none of them 0; one batch where there is none.
 
         Raises:
             IndexError: no such row, or it has no such items.
         """
         ...
 
-    def frames(self, column: Column, jobs: Sequence[FramesJob], rows_R: Ints, scaling: Scaling) -> None:
-        """Scaled frames of several batches, each [B, T, C] or [N, C]; zeros behind the end of a row.
+    def frames(
+        self,
+        column: Column,
+        found: Located,
+        out: NDArray[np.float32],
+        places: Sequence[int],
+        steps: Sequence[int],
+        scaling: Scaling,
+    ) -> None:
+        """Scaled frames of each batch, [B, T, C] or [N, C]; zeros behind the end of a row.
 
         Args:
-            jobs: parts of what one call of `locate` found, one after the other. rows_R: what it was asked for.
+            out: flat. places: where in it each batch begins.
         """
         ...
 
@@ -223,33 +236,56 @@ class Gather(Protocol):
         ...
 
 
+def edges_of(sizes: Sequence[int]) -> list[int]:
+    """Where parts of these sizes begin, and the end."""
+    return [0, *itertools.accumulate(sizes)]
+
+
 class NumpyGather:
     """Rows of one length that lie in one block are one copy."""
 
-    def locate(self, column: Column, rows_B: Ints, starts_B: Ints | None, stops_B: Ints | None) -> Located | None:
+    def locate(
+        self,
+        column: Column,
+        rows_B: Ints,
+        starts_B: Ints | None = None,
+        stops_B: Ints | None = None,
+        *,
+        sizes: Sequence[int] = (),
+    ) -> Located | None:
         counts_B = _checked_counts(column, rows_B, starts_B, stops_B)
         entries_B = column.entries_R[rows_B]
         if not entries_B["address"].all():
             return None
+        edges = edges_of(sizes or (len(rows_B),))
+        counts = [counts_B[a:b] for a, b in itertools.pairwise(edges)]
         return Located(
             rows_B=rows_B,
             counts_B=counts_B,
             starts_B=starts_B,
-            largest=int(counts_B.max(initial=0)),
-            total=int(counts_B.sum()),
+            edges=edges,
+            largest=[int(part.max(initial=0)) for part in counts],
+            totals=[int(part.sum()) for part in counts],
             labels_B=entries_B["label"].copy(),
             weights_B=entries_B["weight"].copy(),
         )
 
-    def frames(self, column: Column, jobs: Sequence[FramesJob], rows_R: Ints, scaling: Scaling) -> None:
-        del rows_R
-        for found, out, steps in jobs:
-            self._frames(column, found, out, steps, scaling)
-
-    def _frames(self, column: Column, found: Located, out: NDArray[np.float32], steps: int, scaling: Scaling) -> None:
-        target = _Target(found, out, steps, 0.0)
-        for place_B, items in _runs(column, found):
-            target.put(place_B, scaling.scaled(items, in_place=True))
+    def frames(
+        self,
+        column: Column,
+        found: Located,
+        out: NDArray[np.float32],
+        places: Sequence[int],
+        steps: Sequence[int],
+        scaling: Scaling,
+    ) -> None:
+        for number, (place, width) in enumerate(zip(places, steps, strict=True)):
+            part = found.part(number)
+            shape = (len(part.rows_B), width) if width else (part.totals[0],)
+            size = math.prod(shape) * scaling.width
+            target = _Target(part, out[place : place + size].reshape(*shape, scaling.width), width, 0.0)
+            for place_B, items in _runs(column, part):
+                target.put(place_B, scaling.scaled(items, in_place=True))
 
     def ids(
         self, column: Column, found: Located, out: Ints, steps: int, lookup: Ints | None = None, fill: int = 0

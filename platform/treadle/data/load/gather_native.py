@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle import native
-from treadle.data.load.gather import Column, FramesJob, Gather, Ints, Located, NumpyGather, Scaling
+from treadle.data.load.gather import Column, Gather, Ints, Located, NumpyGather, Scaling, edges_of
 
 __all__ = ["NativeGather", "best_gather", "gather_status"]
 
@@ -41,11 +41,21 @@ class NativeGather:
         self._frames.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
         self._frames.restype = self._copy.restype = None
 
-    def locate(self, column: Column, rows_B: Ints, starts_B: Ints | None, stops_B: Ints | None) -> Located | None:
-        num_rows, notes = len(rows_B), _notes_of(column, len(rows_B))
-        counts_B, labels_B = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
+    def locate(
+        self,
+        column: Column,
+        rows_B: Ints,
+        starts_B: Ints | None = None,
+        stops_B: Ints | None = None,
+        *,
+        sizes: Sequence[int] = (),
+    ) -> Located | None:
+        sizes = sizes or (len(rows_B),)
+        num_rows, num_parts = len(rows_B), len(sizes)
+        notes = _notes_of(column, num_rows, num_parts)
+        counts_B, labels_B = np.empty((2, num_rows), np.int64)
         weights_B = np.empty(num_rows, np.float32)
-        words = (
+        words = _LOCATE.pack(
             _address(rows_B),
             num_rows,
             *notes.table,
@@ -56,24 +66,32 @@ class NativeGather:
             _address(labels_B),
             _address(weights_B),
             notes.address_of_sums,
+            num_parts,
         )
-        place = self._locate(_LOCATE.pack(*words))
+        place = self._locate(words, struct.pack(f"{num_parts}q", *sizes))
         if place >= num_rows:
             row = int(rows_B[place - num_rows])
             raise IndexError(f"rows: got row {row} of {column.num_rows}, or items that it does not have")
         if place >= 0:
             return None
-        largest, total = notes.sums.tolist()
-        return Located(rows_B, counts_B, starts_B, largest, total, labels_B, weights_B, notes.address)
+        sums, edges = notes.sums[: 2 * num_parts].tolist(), edges_of(sizes)
+        return Located(rows_B, counts_B, starts_B, edges, sums[::2], sums[1::2], labels_B, weights_B, notes.address)
 
-    def frames(self, column: Column, jobs: Sequence[FramesJob], rows_R: Ints, scaling: Scaling) -> None:
-        first, tiled = jobs[0][0], _address(scaling.tiled)
-        notes = column.notes
+    def frames(
+        self,
+        column: Column,
+        found: Located,
+        out: NDArray[np.float32],
+        places: Sequence[int],
+        steps: Sequence[int],
+        scaling: Scaling,
+    ) -> None:
+        tiled, notes = _address(scaling.tiled), column.notes
         words = _FRAMES.pack(
-            _address(rows_R),
-            first.address,
-            _address(first.counts_B),
-            len(rows_R),
+            _address(found.rows_B),
+            found.address,
+            _address(found.counts_B),
+            len(found.rows_B),
             *notes.scratch,
             column.width,
             scaling.width,
@@ -81,8 +99,9 @@ class NativeGather:
             tiled + scaling.tiled.strides[0],
             scaling.missing,
         )
-        targets = b"".join([_TARGET.pack(len(found.rows_B), _address(out), steps) for found, out, steps in jobs])
-        self._frames(words, targets, len(jobs))
+        num_batches, begin = len(places), _address(out)
+        batches = struct.pack(f"{3 * num_batches}q", *found.edges[1:], *[begin + 4 * place for place in places], *steps)
+        self._frames(words, batches, num_batches)
 
     def ids(
         self, column: Column, found: Located, out: Ints, steps: int, lookup: Ints | None = None, fill: int = 0
@@ -99,7 +118,7 @@ class NativeGather:
 
 
 # The words of the structures in gather.c. Packing them takes an eighth of the time of an array of ctypes.
-_LOCATE, _FRAMES, _TARGET, _IDS, _COPY = (struct.Struct(f"{num}q") for num in (12, 13, 3, 8, 7))
+_LOCATE, _FRAMES, _IDS, _COPY = (struct.Struct(f"{num}q") for num in (13, 13, 8, 7))
 
 
 class _Notes:
@@ -107,30 +126,32 @@ class _Notes:
 
     Attributes:
         table: words of `Locate`.
-        room: rows that `found_B` and `scratch_4B` can hold. address, scratch: where they begin.
-        sums: the largest and the total of the counts last found. address_of_sums: of it.
+        room, parts: rows that `found_B` and `scratch_4B` can hold, and batches that `sums` can.
+        address, scratch, address_of_sums: where they begin.
+        sums: of each batch, the largest and the total of the counts last found.
     """
 
     def __init__(self, column: Column) -> None:
         self.table = (_address(column.entries_R), column.num_rows, 4 * column.width)
-        self.room, self.address = 0, 0
-        self.sums = np.zeros(2, np.int64)
+        self.room = self.parts = 0
+
+    def resize(self, room: int, parts: int) -> None:
+        """At least so many rows and batches."""
+        self.room, self.parts = max(self.room, room), max(self.parts, parts)
+        self.found_B = np.empty(self.room, np.int64)
+        self.address = _address(self.found_B)
+        self.scratch_4B = np.empty((4, self.room), np.int64)
+        self.scratch = tuple(_address(part) for part in self.scratch_4B)
+        self.sums = np.zeros(2 * self.parts, np.int64)
         self.address_of_sums = _address(self.sums)
 
-    def resize(self, room: int) -> None:
-        self.room = room
-        self.found_B = np.empty(room, np.int64)
-        self.address = _address(self.found_B)
-        self.scratch_4B = np.empty((4, room), np.int64)
-        self.scratch = tuple(_address(part) for part in self.scratch_4B)
 
-
-def _notes_of(column: Column, num_rows: int) -> _Notes:
+def _notes_of(column: Column, num_rows: int, num_parts: int) -> _Notes:
     notes = column.notes
     if notes is None:
         notes = column.notes = _Notes(column)
-    if notes.room < num_rows:
-        notes.resize(2 * num_rows)
+    if notes.room < num_rows or notes.parts < num_parts:
+        notes.resize(2 * num_rows, 2 * num_parts)
     return notes
 
 
@@ -181,7 +202,7 @@ lengths, begins = [1, 8, 11, most], [0, 1, 9, 20]
 class Entry(ctypes.Structure):
     _fields_ = [("address", ctypes.c_int64), ("count", ctypes.c_uint32), ("weight", ctypes.c_float)]
     _fields_ += [("label", ctypes.c_int64)]
-sums = (ctypes.c_int64 * 2)()
+sums = (ctypes.c_int64 * 4)()
 def words(*values):
     here = [v if isinstance(v, int) else ctypes.addressof(v) for v in values]
     return (ctypes.c_int64 * len(here))(*here)
@@ -190,8 +211,10 @@ def asked(width, rows, base):
     table = (Entry * R)(*((address + 4 * width * begins[r], lengths[r], r + 0.5, 7 - r) for r in range(R)))
     rows_B, found = (ctypes.c_int64 * B)(*rows), (ctypes.c_int64 * (3 * B))()
     counts, weights_B = ctypes.addressof(found) + 8 * B, (ctypes.c_float * B)()
-    w = words(rows_B, B, table, R, 4 * width, 0, 0, found, counts, counts + 8 * B, weights_B, sums)
-    assert gather.treadle_locate(w) == -1 and sums[0] == max(lengths[r] for r in rows), "wrong places"
+    w = words(rows_B, B, table, R, 4 * width, 0, 0, found, counts, counts + 8 * B, weights_B, sums, 2)
+    ends, here = [1, B], [lengths[r] for r in rows]
+    assert gather.treadle_locate(w, words(1, B - 1)) == -1, "a row is missing"
+    assert [*sums] == [here[0], here[0], max(here[1:], default=0), sum(here[1:])], "wrong places"
     assert found[2 * B:] == [7 - r for r in rows] and [*weights_B] == [r + 0.5 for r in rows], "wrong facts"
     return found, w
 same = lambda a, b: a == b or (a != a and b != b)
@@ -206,10 +229,10 @@ for width in (1, 3, 8, 16, 32):
         scratch = [(ctypes.c_int64 * len(rows))() for _ in range(4)]
         for steps in (0, most):
             for kind, reads in ((0, width), (1, width), (2, 2 * width), (2, 2 * width + 1)):
-                size = (steps * len(rows) if steps else sums[1]) * reads
+                size = (steps * len(rows) if steps else sums[1] + sums[3]) * reads
                 out = (ctypes.c_float * (size + 1))(*[9.0] * (size + 1))
                 second = ctypes.addressof(out) + 4 * reads * (steps or lengths[rows[0]])
-                targets = words(1, out, steps, len(rows) - 1, second, steps)
+                targets = words(1, len(rows), out, second, steps, steps)
                 more = (*scratch, width, reads, mean, inverse, kind)
                 gather.treadle_frames(words(rows_B, *here, *more), targets, ctypes.c_int64(2))
                 assert out[size] == 9.0, "wrote too far"
@@ -222,7 +245,7 @@ for width in (1, 3, 8, 16, 32):
                             want = 0.0 if kind and want != want else want
                             assert same(out[at + c], want), "wrong frames"
                         at += reads
-            size = (steps * len(rows) if steps else sums[1]) * width
+            size = (steps * len(rows) if steps else sums[1] + sums[3]) * width
             out = (ctypes.c_float * (size + 1))(*[9.0] * (size + 1))
             gather.treadle_copy(words(*here, out, steps, width, 0))
             want = [v for r in rows for v in flat[begins[r] * width:(begins[r] + lengths[r]) * width]
