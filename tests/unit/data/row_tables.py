@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,9 @@ import xxhash
 
 from treadle.data.blocks import BlockRows
 from treadle.data.manifest import NO_SPLIT, Block, Content, Header, Manifest
-from treadle.spec import DataSpec, SplitSpec, TargetKind, TargetPer
+from treadle.spec import TargetKind, TargetPer
 
-__all__ = ["Asked", "MemoryRows", "frames_table", "table", "tokens_table"]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The part of a job that a view needs."""
-
-    data: DataSpec
-    split: SplitSpec = field(default_factory=SplitSpec)
+__all__ = ["MemoryRows", "frames_table", "table", "tokens_table"]
 
 
 class MemoryRows:

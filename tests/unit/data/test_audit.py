@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from row_tables import Asked, frames_table, table, tokens_table
+from row_tables import frames_table, table, tokens_table
 
 from treadle.data.manifest import NO_SPLIT
 from treadle.data.splits.audit import audit
@@ -30,8 +30,8 @@ def findings_of(pair, split_R=None, *, split=None, fitted_on=None):
     split_R = thirds(rows.num_rows) if split_R is None else np.array(split_R, np.uint8)
     fitted = fit_preprocessing(rows, split_R, reader, DATA)
     used = fitted if fitted_on is None else fit_preprocessing(rows, fitted_on, reader, DATA)
-    asked = Asked(DATA, split or SplitSpec())
-    found = audit(rows, split_R, used, reader, asked, fitted=None if fitted_on is None else fitted)
+    compared = None if fitted_on is None else fitted
+    found = audit(rows, split_R, used, reader, DATA, split or SplitSpec(), fitted=compared)
     assert [one.leak for one in found] == [leak for leak in Leak if leak in {one.leak for one in found}]
     assert not any(one.accepted or "\n" in one.detail for one in found)
     return {one.leak: one.detail for one in found}
@@ -143,17 +143,17 @@ def test_a_vocabulary_may_lack_symbols_and_statistics_may_be_rounded():
     split_R = thirds(300)
     fitted = fit_preprocessing(rows, split_R, reader, DATA)
     fewer = dataclasses.replace(fitted, symbols=fitted.symbols[:-5])
-    assert audit(rows, split_R, fewer, reader, Asked(DATA), fitted=fitted) == ()
+    assert audit(rows, split_R, fewer, reader, DATA, SplitSpec(), fitted=fitted) == ()
     rows, reader = frames_table(300)
     fitted = fit_preprocessing(rows, split_R, reader, DATA)
     rounded = dataclasses.replace(fitted, mean=tuple(float(np.float32(v)) for v in fitted.mean))
-    assert audit(rows, split_R, rounded, reader, Asked(DATA), fitted=fitted) == ()
+    assert audit(rows, split_R, rounded, reader, DATA, SplitSpec(), fitted=fitted) == ()
     for gap, values in (((), ((0.0, 1.0),)), ((1.0, 2.0), ())):
         mine = dataclasses.replace(fitted, gap=gap, values=values)
         moved = dataclasses.replace(
             fitted, gap=tuple(v + 0.1 for v in gap), values=tuple((a, b + 0.1) for a, b in values)
         )
-        (found,) = audit(rows, split_R, moved, reader, Asked(DATA), fitted=mine)
+        (found,) = audit(rows, split_R, moved, reader, DATA, SplitSpec(), fitted=mine)
         assert found.leak is Leak.statistics
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from row_tables import Asked, frames_table, table, tokens_table
+from row_tables import frames_table, table, tokens_table
 
 from treadle import wire
 from treadle.data.build.pipeline import build_rows
@@ -77,14 +77,14 @@ def test_a_planted_leak_fails_and_its_clean_twin_passes(leak):
         clean = frames_table(N, time=np.arange(N) + 10.0 * (np.arange(N) >= 100), split=[TRAIN] * 100 + [TEST] * 100)
     else:
         clean = make(planted=False)
-    assert make_view(*clean, Asked(DATA, split)).header.findings == ()
+    assert make_view(*clean, DATA, split).header.findings == ()
     with pytest.raises(DataError) as error:
-        make_view(*make(planted=True), Asked(DATA, split))
+        make_view(*make(planted=True), DATA, split)
     assert error.value.context == {"leaks": [leak.value]}
     assert f"\n- {leak.value}: " in error.value.message
     assert error.value.hint.startswith(f"data.allow_leaks=[{leak.value}]")
     allowed = dataclasses.replace(DATA, allow_leaks=[leak])
-    view = make_view(*make(planted=True), Asked(allowed, split))
+    view = make_view(*make(planted=True), allowed, split)
     (finding,) = view.header.findings
     assert finding.accepted
     assert finding.leak is leak
@@ -96,13 +96,13 @@ def test_statistics_of_all_rows_fail_and_those_of_training_rows_pass(make):
     rows, reader = make(N, **({"num_symbols": 900} if make is tokens_table else {}))
     everything = fit_preprocessing(rows, np.zeros(N, np.uint8), reader, DATA)
     with pytest.raises(DataError, match=r"- statistics: ") as error:
-        make_view(rows, reader, Asked(DATA, ENTITY), preprocessing=everything)
+        make_view(rows, reader, DATA, ENTITY, preprocessing=everything)
     assert error.value.context == {"leaks": ["statistics"]}
-    fitted = make_view(rows, reader, Asked(DATA, ENTITY))
-    again = make_view(rows, reader, Asked(DATA, ENTITY), preprocessing=fitted.preprocessing)
+    fitted = make_view(rows, reader, DATA, ENTITY)
+    again = make_view(rows, reader, DATA, ENTITY, preprocessing=fitted.preprocessing)
     assert again.to_bytes() == fitted.to_bytes()
     allowed = dataclasses.replace(DATA, allow_leaks=[Leak.statistics])
-    used = make_view(rows, reader, Asked(allowed, ENTITY), preprocessing=everything)
+    used = make_view(rows, reader, allowed, ENTITY, preprocessing=everything)
     assert used.preprocessing == everything
     assert [finding.leak for finding in used.header.findings] == [Leak.statistics]
 
@@ -113,7 +113,7 @@ def test_all_leaks_are_told_at_once():
         N, entity=["a"] * 2 + list(map(str, range(2, N))), split=[0, 2] + [0] * (N - 2), last=time + 1, time=time
     )
     with pytest.raises(DataError) as error:
-        make_view(*rows, Asked(dataclasses.replace(DATA, allow_leaks=[Leak.content]), SplitSpec(horizon=1)))
+        make_view(*rows, dataclasses.replace(DATA, allow_leaks=[Leak.content]), SplitSpec(horizon=1))
     assert error.value.context == {"leaks": ["entity", "window", "future"]}
     assert "data.toy: got 3 leaks" in error.value.message
     assert "[content,entity,future,window]" in error.value.hint
@@ -123,7 +123,7 @@ def test_a_view_is_a_manifest_of_the_same_blocks():
     time = np.arange(N, dtype=float)
     rows, reader = frames_table(N, time=time, last=time)
     split = SplitSpec(by=SplitBy.time, valid=20, test=0.2, horizon=3)
-    view = make_view(rows, reader, Asked(DATA, split))
+    view = make_view(rows, reader, DATA, split)
     assert view.header.blocks == rows.header.blocks
     assert view.header.content == rows.header.content
     assert view.header.split == wire.encode(split)
@@ -134,20 +134,20 @@ def test_a_view_is_a_manifest_of_the_same_blocks():
     assert view.preprocessing.fitted_rows == N - 66
     assert view.preprocessing == fit_preprocessing(rows, view.columns["split"], reader, DATA)
     assert (rows.columns["split"] == NO_SPLIT).all()  # the table of rows is as it was
-    assert make_view(rows, reader, Asked(DATA, split)).to_bytes() == view.to_bytes()
+    assert make_view(rows, reader, DATA, split).to_bytes() == view.to_bytes()
 
 
 def test_an_empty_training_split_is_refused():
     with pytest.raises(DataError, match="nothing to train on"):
-        make_view(*frames_table(4, split=[2, 2, 1, 1]), Asked(DATA))
+        make_view(*frames_table(4, split=[2, 2, 1, 1]), DATA, SplitSpec())
 
 
 def test_preprocessing_of_another_form_is_refused():
     rows, reader = frames_table(N)
-    fitted = make_view(rows, reader, Asked(DATA, ENTITY)).preprocessing
+    fitted = make_view(rows, reader, DATA, ENTITY).preprocessing
     for changes in ({"channels": ("x", "y", "z")}, {"labels": ("no",)}, {"gap": (0.0, 1.0)}, {"symbols": ("a",)}):
         with pytest.raises(ConfigError, match=f"preprocessing: got {next(iter(changes))}"):
-            make_view(rows, reader, Asked(DATA, ENTITY), preprocessing=dataclasses.replace(fitted, **changes))
+            make_view(rows, reader, DATA, ENTITY, preprocessing=dataclasses.replace(fitted, **changes))
 
 
 def test_a_view_of_a_built_data_set():
@@ -173,7 +173,7 @@ def test_a_view_of_a_built_data_set():
     _, rows = build_rows(draft, data, shelf, recipe="r")
     split = SplitSpec(by=SplitBy.time, test=60, valid=30, horizon=2, disjoint=True)
     with RowReader(shelf, rows) as reader:
-        view = make_view(rows, reader, Asked(data, split))
+        view = make_view(rows, reader, data, split)
         train = reader.raw(view.rows_of("train"))
     read = Manifest.from_bytes(view.to_bytes(), where="view", digest=wire.digest(view.to_bytes()))
     assert read.header == view.header

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.data.chunk import Problem
 from treadle.data.build.facts import FACTS
-from treadle.data.order import row_order
 from treadle.data.build.parts import PartFacts, PartMeta
 from treadle.data.build.quarantine import Quarantine, duplicate_ids
+from treadle.data.chunk import Problem
+from treadle.data.order import row_order
 from treadle.errors import DataError
 from treadle.spec import DataSpec
 

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from treadle import wire
 from treadle.data.build.check import check_chunk
-from treadle.data.chunk import CHUNK_BYTES, Chunk, Part, Problem, Source, keep_rows
-from treadle.data.draft import Labels
 from treadle.data.build.facts import FACTS, Hashes, chunk_facts, gaps_of, hash_texts
-from treadle.data.order import starts_of
 from treadle.data.build.runs import OpenRun, Run
 from treadle.data.build.scratch import Scratch, Shelf
+from treadle.data.chunk import CHUNK_BYTES, Chunk, Part, Problem, Source, keep_rows
+from treadle.data.draft import Labels
+from treadle.data.order import starts_of
 from treadle.errors import IntegrityError, NotFoundError
 
 __all__ = ["PartFacts", "PartJob", "read_facts", "write_part"]

@@ -6,8 +6,9 @@
            -> a manifest of rows, then one of rows split, fitted and audited                 view.py
 
 Parts and zones are independent pieces of work that `Means.run` carries out, here or on a cluster. Shards are named by
-their content and never overwritten, and each manifest comes last: a killed build leaves nothing that reads as a data
-set. What is built follows from the rows and the order of the files alone: not from how a source was cut, nor by whom.
+their content and written once, unless they are damaged, and each manifest comes last: a killed build leaves nothing
+that reads as a data set. What is built follows from the rows and the order of the files alone: not from how a source
+was cut, nor by whom.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from typing import Any
 from treadle import wire
 from treadle.data.blocks import checksum
 from treadle.data.build.choose import Columns, choose_rows, gather_facts
+from treadle.data.build.inline import run_inline
+from treadle.data.build.names import content_of, merge_names
+from treadle.data.build.parts import PartJob, PartMeta, read_facts, write_part
+from treadle.data.build.scratch import Scratch, Shelf, claim
+from treadle.data.build.zones import Zone, ZoneJob, create_once, plan_zones, used_ids, write_zone
 from treadle.data.chunk import Chunk, Part, Source
 from treadle.data.draft import Draft, Labels
 from treadle.data.load.fetch_blocks import Reading
-from treadle.data.build.inline import run_inline
-from treadle.data.manifest import COLUMNS, SCHEMA, Block, Header, Manifest
-from treadle.data.build.names import content_of, merge_names
-from treadle.data.build.parts import PartJob, PartMeta, read_facts, write_part
 from treadle.data.load.reader import RowReader
+from treadle.data.manifest import COLUMNS, SCHEMA, Block, Header, Manifest
 from treadle.data.sources.rows import DraftSource
-from treadle.data.build.scratch import Scratch, Shelf, claim
 from treadle.data.splits.view import make_view
-from treadle.data.build.zones import Zone, ZoneJob, create_once, plan_zones, used_ids, write_zone
 from treadle.spec import DataSpec, OnBadRow, SplitSpec
 
 __all__ = ["Means", "Origin", "build_dataset", "build_rows", "build_view"]
@@ -148,17 +149,10 @@ def build_view(rows: Manifest, data: DataSpec, split: SplitSpec, shelf: Shelf, *
     Raises:
         DataError: a split that cannot be made, or what the audit found.
     """
-    spec = _ViewSpec(data=data, split=split)
     with RowReader(_Unmapped(shelf), rows, reading=_READING) as reader:
-        made = make_view(rows, reader, spec)
+        made = make_view(rows, reader, data, split)
     manifest = dataclasses.replace(made, header=dataclasses.replace(made.header, recipe=recipe))
     return _keep(manifest, shelf, f"data/{data.name}/manifests"), manifest
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ViewSpec:
-    data: DataSpec
-    split: SplitSpec
 
 
 class _Unmapped:

@@ -18,9 +18,9 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from treadle.data.order import copy_rows, cut, row_order, starts_of
 from treadle.data.build.reuse import Reused
 from treadle.data.build.scratch import Scratch
+from treadle.data.order import copy_rows, cut, row_order, starts_of
 
 __all__ = ["OpenRun", "Run"]
 

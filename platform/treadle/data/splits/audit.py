@@ -6,7 +6,6 @@ Shape letters: R rows, D channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from treadle.data.splits.features import telling_features
 from treadle.data.splits.fit import RowSource
 from treadle.spec import DataSpec, Leak, SplitSpec
 
-__all__ = ["HINTS", "ViewSpec", "audit"]
+__all__ = ["HINTS", "audit"]
 
 TOLERANCE = 1e-5
 """In deviations. Fitting on other rows too moves a mean by about 1 / sqrt(rows), in float32 by 1e-7."""
@@ -35,21 +34,13 @@ HINTS = {
 }
 
 
-class ViewSpec(Protocol):
-    """The part of a job that decides how rows are split, scaled and audited."""
-
-    @property
-    def data(self) -> DataSpec: ...
-    @property
-    def split(self) -> SplitSpec: ...
-
-
 def audit(
     rows: Manifest,
     split_R: NDArray[np.uint8],
     preprocessing: Preprocessing,
     reader: RowSource,
-    spec: ViewSpec,
+    data: DataSpec,
+    split: SplitSpec,
     *,
     fitted: Preprocessing | None = None,
 ) -> tuple[Finding, ...]:
@@ -65,20 +56,20 @@ def audit(
     Args:
         rows: before the split: its column `split` is what the source says.
         split_R: place in SPLITS of each row, or NO_SPLIT.
-        spec: `data.allow_leaks` says which findings are accepted.
+        data: of the job; its `allow_leaks` says which findings are accepted. split: of the job.
         fitted: what the training rows say, where `preprocessing` was not fitted on them just now.
 
     Cost: 1 s per million rows, and up to four seconds for features; reads a sample of the training rows.
     """
     details = {
-        Leak.entity: _entity(rows, split_R, reader, spec.split),
-        Leak.window: _window(rows, split_R, reader, spec.split),
+        Leak.entity: _entity(rows, split_R, reader, split),
+        Leak.window: _window(rows, split_R, reader, split),
         Leak.content: _content(rows, split_R, reader),
         Leak.future: _future(rows, split_R, reader),
         Leak.statistics: _statistics(preprocessing, fitted) if fitted else "",
         Leak.feature: _feature(rows, split_R, preprocessing, reader),
     }
-    allowed = spec.data.allow_leaks
+    allowed = data.allow_leaks
     return tuple(
         Finding(leak=leak, accepted=leak in allowed, detail=detail) for leak, detail in details.items() if detail
     )

@@ -13,21 +13,27 @@ import numpy as np
 from treadle import wire
 from treadle.data.manifest import Finding, Manifest, Preprocessing
 from treadle.data.splits.assign import assign
-from treadle.data.splits.audit import HINTS, ViewSpec, audit
+from treadle.data.splits.audit import HINTS, audit
 from treadle.data.splits.fit import RowSource, fit_preprocessing
 from treadle.errors import ConfigError, DataError
+from treadle.spec import DataSpec, SplitSpec
 
 __all__ = ["make_view"]
 
 
 def make_view(
-    rows: Manifest, reader: RowSource, spec: ViewSpec, *, preprocessing: Preprocessing | None = None
+    rows: Manifest,
+    reader: RowSource,
+    data: DataSpec,
+    split: SplitSpec,
+    *,
+    preprocessing: Preprocessing | None = None,
 ) -> Manifest:
     """The manifest of `rows` with splits, preprocessing, and what the audit accepted.
 
     Args:
         rows: a table of rows; its column `split` is what the source says. reader: of these rows.
-        spec: a job, or what has its `data` and `split`.
+        data, split: of a job.
         preprocessing: of a model that goes on with these rows; fitted on the training rows where it is None.
 
     Raises:
@@ -37,15 +43,16 @@ def make_view(
 
     Cost: one pass over the blocks, and the audit's seconds.
     """
-    assigned = assign(rows.columns, spec.split)
-    fitted = fit_preprocessing(rows, assigned.split_R, reader, spec.data)
+    assigned = assign(rows.columns, split)
+    fitted = fit_preprocessing(rows, assigned.split_R, reader, data)
     used = fitted if preprocessing is None else _usable(preprocessing, fitted)
-    findings = audit(rows, assigned.split_R, used, reader, spec, fitted=None if preprocessing is None else fitted)
-    _refuse([finding for finding in findings if not finding.accepted], spec)
+    compared = None if preprocessing is None else fitted
+    findings = audit(rows, assigned.split_R, used, reader, data, split, fitted=compared)
+    _refuse([finding for finding in findings if not finding.accepted], data)
     header = dataclasses.replace(
         rows.header,
         preprocessing=used,
-        split=wire.encode(spec.split),
+        split=wire.encode(split),
         dropped=assigned.dropped,
         findings=findings,
     )
@@ -73,13 +80,13 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _refuse(findings: Sequence[Finding], spec: ViewSpec) -> None:
+def _refuse(findings: Sequence[Finding], data: DataSpec) -> None:
     if not findings:
         return
     lines = [f"- {finding.leak.value}: {finding.detail}\n  {HINTS[finding.leak]}" for finding in findings]
-    allowed = ",".join(sorted({leak.value for leak in (*spec.data.allow_leaks, *(f.leak for f in findings))}))
+    allowed = ",".join(sorted({leak.value for leak in (*data.allow_leaks, *(f.leak for f in findings))}))
     raise DataError(
-        f"data.{spec.data.name}: got {len(findings)} leaks from validation or test into training, expected none\n"
+        f"data.{data.name}: got {len(findings)} leaks from validation or test into training, expected none\n"
         + "\n".join(lines),
         hint=f"data.allow_leaks=[{allowed}] accepts what is meant to be so, and keeps it on record",
         leaks=[finding.leak.value for finding in findings],
