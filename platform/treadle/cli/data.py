@@ -255,21 +255,23 @@ def audit(job: str, overrides: tuple[str, ...], as_json: bool) -> int:
 @json_option
 def verify(target: str, overrides: tuple[str, ...], store_uri: str | None, as_json: bool) -> None:
     """Read every block of a data set and check it against what was written; exit 6 where one is damaged."""
+    from treadle.data.manifest import REBUILD
     from treadle.data.verify import verify_blocks
     from treadle.launch.data_view import damage_text
     from treadle.track.stages import Stages
 
-    _, blobs, manifest, digest = _named(target, overrides, store_uri)
+    spec, blobs, manifest, digest = _named(target, overrides, store_uri)
     progress = Stages(sys.stderr, unit="blocks")
     damage = verify_blocks(blobs, manifest, progress=progress)
     progress.close()
     name, blocks = f"{manifest.header.name}@{digest[:12]}", manifest.header.blocks
     if damage:
         rows = sum(d.rows[1] - d.rows[0] + 1 for d in damage)
+        in_store = [f"store.uri={spec.store.uri}"] if spec is not None and store_uri else []
         raise IntegrityError(
             f"{name}: {len(damage)} of {len(blocks):,} blocks are damaged, {rows:,} of {manifest.num_rows:,} rows\n"
             f"{damage_text(damage)}",
-            hint="delete these shards and build again: treadle data build JOB --again",
+            hint=REBUILD if spec is None else REBUILD.replace("JOB", asked(target, [*overrides, *in_store])),
             damage=[vars(d) for d in damage],
         )
     size = sum(block.size for block in blocks)

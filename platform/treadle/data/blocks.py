@@ -17,7 +17,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from treadle.data.manifest import Block, Content
+from treadle.data.manifest import REBUILD, Block, Content
 from treadle.errors import IntegrityError
 from treadle.spec import TargetKind
 
@@ -140,9 +140,8 @@ def decode_block(raw: Any, block: Block, content: Content) -> BlockRows:
         IntegrityError: other bytes than were written, or no block of such rows; the message names shard and place.
     """
     where = f"{block.key}, bytes {block.offset} to {block.offset + block.size}"
-    hint = "build the data set again"
     if len(memoryview(raw)) != block.size or checksum(raw) != block.checksum:
-        raise IntegrityError(f"{where}: not what was written (checksum)", hint=hint)
+        raise IntegrityError(f"{where}: not what was written (checksum)", hint=REBUILD)
     try:
         batch = pa.ipc.read_record_batch(pa.py_buffer(raw), schema_of(content))
         rows = BlockRows(
@@ -154,7 +153,7 @@ def decode_block(raw: Any, block: Block, content: Content) -> BlockRows:
             entities=batch.column("entity"),
         )
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise IntegrityError(f"{where}: not a block ({error})", hint=hint) from None
+        raise IntegrityError(f"{where}: not a block ({error})", hint=REBUILD) from None
     if rows.num_rows != block.rows:
-        raise IntegrityError(f"{where}: got {rows.num_rows} rows, expected {block.rows}", hint=hint)
+        raise IntegrityError(f"{where}: got {rows.num_rows} rows, expected {block.rows}", hint=REBUILD)
     return rows

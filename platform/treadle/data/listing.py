@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from treadle import wire
-from treadle.data.manifest import SCHEMA, Header
+from treadle.data.manifest import REBUILD, SCHEMA, Header
 from treadle.errors import ConflictError, IntegrityError, NotFoundError, did_you_mean
 
 __all__ = ["Listed", "find_manifest", "list_datasets", "read_header"]
@@ -93,14 +93,13 @@ def read_header(blobs: Stored, name: str, digest: str) -> Header:
     """
     key = f"data/{name}/manifests/{digest}.arrow"
     head = blobs.get(key, size=_HEAD)
-    hint = "build the data set again"
     if len(head) < _HEAD or not head.startswith(_MAGIC):
-        raise IntegrityError(f"{key}: not a manifest (no Arrow file)", hint=hint)
+        raise IntegrityError(f"{key}: not a manifest (no Arrow file)", hint=REBUILD)
     (size,) = struct.unpack("<i", head[-4:])
     try:
         meta = pa.ipc.read_schema(pa.py_buffer(blobs.get(key, offset=len(_MAGIC), size=8 + size))).metadata[b"treadle"]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{key}: not a manifest ({error})", hint=hint) from None
+        raise IntegrityError(f"{key}: not a manifest ({error})", hint=REBUILD) from None
     return wire.unrecord(Header, meta, kind="dataset", schema=SCHEMA, where=key)
 
 

@@ -26,7 +26,18 @@ from treadle.errors import IntegrityError
 from treadle.plan import DataCard, SplitCard
 from treadle.spec import InputKind, Leak, Missing, Signature, TargetKind, TargetPer
 
-__all__ = ["COLUMNS", "NO_SPLIT", "ROW_SCHEMA", "Block", "Content", "Finding", "Header", "Manifest", "Preprocessing"]
+__all__ = [
+    "COLUMNS",
+    "NO_SPLIT",
+    "REBUILD",
+    "ROW_SCHEMA",
+    "Block",
+    "Content",
+    "Finding",
+    "Header",
+    "Manifest",
+    "Preprocessing",
+]
 
 SCHEMA = 2
 NO_SPLIT = 255
@@ -50,7 +61,8 @@ ROW_SCHEMA = pa.schema(
 )
 COLUMNS = tuple(ROW_SCHEMA.names)
 """Names of what is kept of each row."""
-_HINT = "build the data set again"
+REBUILD = "build the data set again: treadle data build JOB --again"
+"""The hint where stored bytes are not what was written: it writes anew what is damaged or gone, and nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +236,7 @@ class Manifest:
             IntegrityError: other bytes than `digest` says, or not a manifest of a known schema.
         """
         if wire.digest(data) != digest:
-            raise IntegrityError(f"{where}: got sha256 {wire.digest(data)[:12]}, expected {digest[:12]}", hint=_HINT)
+            raise IntegrityError(f"{where}: got sha256 {wire.digest(data)[:12]}, expected {digest[:12]}", hint=REBUILD)
         try:
             table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
             meta = table.schema.metadata[b"treadle"]
@@ -232,11 +244,11 @@ class Manifest:
             if not table.schema.equals(ROW_SCHEMA) or any(column.null_count for column in table.columns):
                 raise ValueError("other columns than a manifest has, or nulls in them")
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise IntegrityError(f"{where}: not a manifest ({error})", hint=_HINT) from None
+            raise IntegrityError(f"{where}: not a manifest ({error})", hint=REBUILD) from None
         header = wire.unrecord(Header, meta, kind="dataset", schema=SCHEMA, where=where)
         manifest = cls(header=header, columns={name: table.column(name).to_numpy() for name in table.column_names})
         if wrong := [*_wrong_blocks(header), *_wrong_rows(manifest)]:
-            raise IntegrityError("\n".join(f"{where}: {what}" for what in wrong[:20]), hint=_HINT)
+            raise IntegrityError("\n".join(f"{where}: {what}" for what in wrong[:20]), hint=REBUILD)
         return manifest
 
     def rows_of(self, split: str) -> NDArray[np.int64]:
@@ -250,6 +262,7 @@ class Manifest:
             rows = self.rows_of(name)
             splits[name] = SplitCard(
                 lengths_N=self.columns["length"][rows].astype(np.int64),
+                targets_N=self.columns["targets"][rows].astype(np.int64),
                 label_frames_N=self.columns["label_frames"][rows].astype(np.int64),
                 labels_N=self.columns["label"][rows].astype(np.int64),
                 weights_N=self.columns["weight"][rows],

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from treadle import wire
-from treadle.data.manifest import SCHEMA, Manifest
+from treadle.data.manifest import REBUILD, SCHEMA, Manifest
 from treadle.errors import ConfigError, DataError, IntegrityError, NotFoundError
 from treadle.spec import ColumnsSpec, DataSpec, Missing, SplitSpec
 
@@ -100,7 +100,7 @@ def load_manifest(blobs: Readable, name: str, digest: str) -> Manifest:
     try:
         data = blobs.get(key)
     except NotFoundError:
-        raise DataError(f"{key}: the data set is gone from the store", hint="prepare it again") from None
+        raise DataError(f"{key}: the data set is gone from the store", hint=REBUILD) from None
     return Manifest.from_bytes(data, where=key, digest=digest)
 
 
@@ -117,10 +117,10 @@ def check_shards(blobs: Readable, manifest: Manifest) -> None:
         try:
             entry = blobs.head(key)
         except ConfigError as error:  # a symbolic link: what it leads to is not what was written here
-            raise IntegrityError(f"{key}: {error.message}", hint="build the data set again") from None
+            raise IntegrityError(f"{key}: {error.message}", hint=error.hint) from None
         if entry is None or entry.size_bytes < end:
             seen = "no such file" if entry is None else f"{entry.size_bytes} bytes"
-            raise IntegrityError(f"{key}: got {seen}, expected {end} bytes or more", hint="build the data set again")
+            raise IntegrityError(f"{key}: got {seen}, expected {end} bytes or more", hint=REBUILD)
 
 
 def _noted(blobs: Readable, name: str, recipe: str) -> str | None:
@@ -130,4 +130,4 @@ def _noted(blobs: Readable, name: str, recipe: str) -> str | None:
     except NotFoundError:
         return None
     except (KeyError, TypeError):
-        raise IntegrityError(f"{key}: not a note of a data set", hint="delete it and prepare again") from None
+        raise IntegrityError(f"{key}: not a note of a data set", hint=REBUILD) from None

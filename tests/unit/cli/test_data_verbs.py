@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,57 @@ def test_damage_is_named_and_is_exit_6(cli: Cli, tmp_path: Path) -> None:
     shard.unlink()
     code, _, err = cli("data", "verify", f"toy@{made['digest'][:6]}")
     assert (code, "the shard is gone" in err) == (6, True)
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 3] ^= 1
+    path.write_bytes(bytes(raw))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+def test_the_hint_mends_a_damaged_data_set(cli: Cli, tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    options = ["split.test=40", f"store.uri={tmp_path / 'a store'}"]
+    made = cli.ok("prepare", "toy", *options)
+    files = {path: path.read_bytes() for path in (tmp_path / "a store" / "data" / "toy").rglob("*.arrow")}
+    (shard,) = (path for path in files if path.parent.name == "shards")
+    harm(shard)
+    code, _, err = cli("data", "verify", "toy", *options)
+    assert code == 6
+    command = shlex.split(err.splitlines()[-1].partition("treadle ")[2])
+    assert command == ["data", "build", "toy", *options, "--again"]
+    again = cli.ok(*command)
+    assert (again["digest"], again["was_there"]) == (made["digest"], False)
+    assert {path: path.read_bytes() for path in files} == files
+    assert cli.ok("data", "verify", "toy", *options)["damage"] == []
+
+
+def test_the_hint_names_the_store_that_was_looked_at(cli: Cli, tmp_path: Path) -> None:
+    other = f"store.uri={tmp_path / 'other'}"
+    cli.ok("prepare", "toy", other)
+    flip(next((tmp_path / "other" / "data" / "toy" / "shards").iterdir()))
+    for target, mended_by in (("toy", f"toy {other}"), ("./jobs/toy", f"./jobs/toy {other}")):
+        _, _, err = cli("data", "verify", target, "--store", str(tmp_path / "other"))
+        assert err.endswith(f"treadle data build {mended_by} --again\n")
+
+
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("kind", ["rows", "manifests"])
+def test_a_damaged_manifest_is_mended_alike(cli: Cli, tmp_path: Path, kind: str, harm: Callable[[Path], None]) -> None:
+    made = cli.ok("prepare", "toy")
+    (path,) = (tmp_path / "store" / "data" / "toy" / kind).iterdir()
+    whole = path.read_bytes()
+    harm(path)
+    if kind == "manifests":
+        code, _, err = cli("data", "verify", "toy")
+        assert code == (4 if harm is Path.unlink else 6)
+        assert "treadle data build JOB --again" in err
+    assert cli.ok("data", "build", "toy", "--again")["digest"] == made["digest"]
+    assert path.read_bytes() == whole
 
 
 def test_leaks_that_are_not_accepted_are_exit_4(cli: Cli) -> None:

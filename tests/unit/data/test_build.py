@@ -18,7 +18,7 @@ from treadle.data.build.pipeline import Means, Origin, build_dataset, build_rows
 from treadle.data.draft import Draft, Frames, Labels, Row, Tokens, Values
 from treadle.data.manifest import NO_SPLIT, Manifest
 from treadle.data.shelf import load_manifest
-from treadle.errors import ConflictError, DataError, IntegrityError
+from treadle.errors import ConflictError, DataError
 from treadle.spec import DataSpec, Missing, OnBadRow, SplitSpec, TargetPer
 from treadle.store.local import LocalBlobs
 from treadle.testing import MemoryBlobs
@@ -315,15 +315,49 @@ def test_missing_values_are_kept_and_split_off_later():
     assert manifest.preprocessing.input_size == 8
 
 
-def test_another_shard_of_the_same_name_is_an_error():
+def flipped(data: bytes) -> bytes:
+    return data[:99] + bytes([data[99] ^ 1]) + data[100:]
+
+
+DAMAGES = {
+    "flipped": flipped,
+    "cut": lambda data: data[:-9],
+    "longer": lambda data: data + b"x",
+    "empty": lambda _: b"",
+}
+
+
+@pytest.mark.parametrize("store", ["memory", "folder"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_was_damaged_is_written_again_and_nothing_else(damage, store, tmp_path, caplog):
+    def build():
+        _, rows = make(blobs, words_draft([*WORDS, ""]), on_bad_row=OnBadRow.quarantine, bad_rows=1)
+        return build_view(rows, DataSpec(name="toy"), SplitSpec(test=9), blobs, recipe="v")[0]
+
+    blobs = MemoryBlobs() if store == "memory" else LocalBlobs(tmp_path / "store")
+    digest = build()
+    files = {entry.key: blobs.get(entry.key) for entry in blobs.list("data/toy/")}
+    damaged = {name: max(key for key in files if f"/{name}/" in key) for name in blobs.children("data/toy")}
+    assert set(damaged) == {"manifests", "quarantine", "rows", "shards"}
+    for key in damaged.values():
+        blobs.put(key, DAMAGES[damage](files[key]))
+    before = {entry.key: entry.version for entry in blobs.list("data/toy/")}
+    with caplog.at_level("WARNING"):
+        assert build() == digest
+    assert {entry.key: blobs.get(entry.key) for entry in blobs.list("data/toy/")} == files
+    assert {e.key for e in blobs.list("data/toy/") if e.version != before[e.key]} == {*damaged.values()}
+    assert sorted(record.getMessage().partition(":")[0] for record in caplog.records) == sorted(damaged.values())
+
+
+def test_what_is_gone_is_written_again_without_a_word(caplog):
     blobs = MemoryBlobs()
-    _, manifest = make(blobs, words_draft())
+    digest, manifest = make(blobs, words_draft())
     key = manifest.header.blocks[0].key
-    data = bytearray(blobs.get(key))
-    data[300] ^= 1
-    blobs.put(key, bytes(data))
-    with pytest.raises(IntegrityError, match=f"{key}: exists with other content"):
-        make(blobs, words_draft())
+    shard = blobs.get(key)
+    blobs.delete(key)
+    assert make(blobs, words_draft())[0] == digest
+    assert blobs.get(key) == shard
+    assert not caplog.records
 
 
 def test_two_processes_cannot_build_the_same_in_one_folder(tmp_path):

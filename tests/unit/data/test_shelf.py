@@ -200,5 +200,6 @@ def test_a_card_counts_entities_and_what_alignments_need():
     train = manifest.card("d").splits["train"]
     assert train.num_entities == 2
     assert sorted(zip(train.lengths_N.tolist(), train.label_frames_N.tolist(), strict=True)) == [(1, 5), (3, 2), (3, 4)]
+    assert sorted(zip(train.label_frames_N.tolist(), train.targets_N.tolist(), strict=True)) == [(2, 2), (4, 3), (5, 3)]
     assert manifest.card("d").signature.input_size == 4  # three letters and the unknown one
     assert len(manifest.card("d").splits["test"].lengths_N) == 0

@@ -9,6 +9,7 @@ Shape letters: R rows, N frames of all rows laid end to end, D channels, U targe
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,15 +20,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from treadle.data.blocks import BlockRows, checksum, encode_shard, shard_room
-from treadle.data.manifest import Block, Content
-from treadle.data.order import copy_rows, cut, starts_of
 from treadle.data.build.reuse import Reused
 from treadle.data.build.runs import Run
 from treadle.data.build.scratch import Scratch, Shelf
-from treadle.errors import ConflictError, IntegrityError
+from treadle.data.manifest import Block, Content
+from treadle.data.order import copy_rows, cut, starts_of
+from treadle.errors import ConflictError, NotFoundError
 from treadle.spec import TargetKind
 
 __all__ = ["Zone", "ZoneJob", "create_once", "plan_zones", "used_ids", "write_zone"]
+
+_logger = logging.getLogger(__name__)
 
 _ROW_BYTES = 20
 """What a row costs in a block beside its values, targets, gaps and entity: two offsets of 8 bytes and one of 4."""
@@ -183,7 +186,7 @@ def write_zone(job: ZoneJob, zone: Zone) -> list[Block]:
     """Write the shard of a zone, or find it written; gives its blocks.
 
     Raises:
-        IntegrityError: a file of the build is gone, or another shard has this one's name.
+        IntegrityError: a file of the build is gone.
 
     Cost: memory of the shard's rows, and of the shard.
     """
@@ -302,14 +305,26 @@ def _chosen(name: str, source: NDArray[Any], starts: Ints, chosen: NDArray[np.in
 
 
 def create_once(shelf: Shelf, key: str, data: Any) -> None:
-    """Write what is named by its content.
+    """Write what is named by a checksum of its content, unless it is there already.
 
-    Raises:
-        IntegrityError: there is something else of this name.
+    Other bytes of this name can only be damage: they are replaced at once, and a warning names the key. A rebuild so
+    mends a data set whose files were cut or changed, and writes no others.
     """
+    is_near = shelf.local_path(key) is not None  # elsewhere a copy is needed, and not held while the key is read
     try:
-        shelf.create(key, data if shelf.local_path(key) is not None else bytes(data))
+        shelf.create(key, data if is_near else bytes(data))
     except ConflictError:
-        entry = shelf.head(key)
-        if entry is None or entry.size_bytes != len(data) or checksum(shelf.get(key)) != checksum(data):
-            raise IntegrityError(f"{key}: exists with other content", hint="delete it and prepare again") from None
+        if not _is_sound(shelf, key, data):
+            _logger.warning("%s: got other bytes than its name says, so it was damaged; written again", key)
+            shelf.put(key, data if is_near else bytes(data))
+
+
+def _is_sound(shelf: Shelf, key: str, data: Any) -> bool:
+    """Whether `data` lies there."""
+    entry = shelf.head(key)
+    if entry is None or entry.size_bytes != len(data):
+        return False
+    try:
+        return checksum(shelf.get(key)) == checksum(data)
+    except NotFoundError:  # deleted between the two
+        return False

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from treadle.data.blocks import checksum
 from treadle.data.load.block_cache import BlockCache
-from treadle.data.manifest import Block
+from treadle.data.manifest import REBUILD, Block
 from treadle.errors import IntegrityError, TransientError
 
 __all__ = ["FarBlocks", "Ranged", "Reading"]
@@ -155,9 +155,7 @@ class FarBlocks:
         whole = self._asked(first.key, first.offset, size)
         if len(whole) < size:
             got = first.offset + len(whole)
-            raise IntegrityError(
-                f"{first.key}: got {got} bytes, expected {first.offset + size} or more", hint="build the data set again"
-            )
+            raise IntegrityError(f"{first.key}: got {got} bytes, expected {first.offset + size} or more", hint=REBUILD)
         starts = {n: self._blocks[n].offset - first.offset for n in part}
         return {n: whole[start : start + self._blocks[n].size] for n, start in starts.items()}
 

@@ -11,13 +11,12 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from treadle.data.manifest import Block
+from treadle.data.manifest import REBUILD, Block
 from treadle.errors import IntegrityError
 
 __all__ = ["MAGIC", "BlockSource", "NearBlocks", "map_file"]
 
 MAGIC = b"ARROW1\0\0"
-_HINT = "build the data set again"
 
 
 class BlockSource(Protocol):
@@ -91,11 +90,11 @@ class NearBlocks:
         try:
             whole = map_file(self._path_of[key])
         except OSError as error:
-            raise IntegrityError(f"{key}: {error}, expected a plain file", hint=_HINT) from None
+            raise IntegrityError(f"{key}: {error}, expected a plain file", hint=REBUILD) from None
         if whole.size < self._sizes[key]:
-            raise IntegrityError(f"{key}: got {whole.size} bytes, expected {self._sizes[key]} or more", hint=_HINT)
+            raise IntegrityError(f"{key}: got {whole.size} bytes, expected {self._sizes[key]} or more", hint=REBUILD)
         if whole.slice(0, len(MAGIC)).to_pybytes() != MAGIC:
-            raise IntegrityError(f"{key}: got another kind of file, expected a shard", hint=_HINT)
+            raise IntegrityError(f"{key}: got another kind of file, expected a shard", hint=REBUILD)
         return whole
 
 

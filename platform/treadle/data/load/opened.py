@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from treadle.data.blocks import BlockRows, decode_block
 from treadle.data.load.gather import Column
 from treadle.data.load.near import BlockSource
-from treadle.data.manifest import Manifest
+from treadle.data.manifest import REBUILD, Manifest
 from treadle.errors import IntegrityError
 from treadle.spec import TargetKind, TargetPer
 
@@ -103,7 +103,7 @@ class OpenBlocks:
             raise IntegrityError(
                 f"{block.key}, bytes {block.offset} to {block.offset + block.size}: got rows of other lengths than the "
                 "manifest's",
-                hint="build the data set again",
+                hint=REBUILD,
             )
         return rows
 
