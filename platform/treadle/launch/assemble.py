@@ -15,7 +15,7 @@ from treadle.errors import ConflictError, InternalError, TransientError
 from treadle.launch.datasets import open_reader
 from treadle.nn import Network, build_network
 from treadle.plan import Plan, PlanInputs, plan_inputs, trainable_rows, with_slots
-from treadle.plan.size import training_bytes
+from treadle.plan.size import longest_target, training_bytes
 from treadle.spec import JobSpec
 from treadle.store import Blobs, Checkpoints
 from treadle.track import Tracker
@@ -202,17 +202,26 @@ def _found(around: Surroundings, learner: Learner, manifest: Manifest) -> FoundB
     spec, plan, world = around.spec, around.plan, around.world
     card = manifest.card(plan.data_digest).splits["train"]
     rows = trainable_rows(card, spec.task)
+    lengths, targets = card.lengths_N[rows], card.targets_N[rows]
 
     def predict(num_rows: int, steps: int) -> int:
         return training_bytes(
-            spec.model, spec.task, plan.signature, spec.optim, rows=num_rows, time_steps=steps, world=world.size
+            spec.model,
+            spec.task,
+            plan.signature,
+            spec.optim,
+            rows=num_rows,
+            time_steps=steps,
+            labels=longest_target(lengths, targets, steps),
+            world=world.size,
         )
 
     return find_budget(
         learner,
         spec.batch,
         manifest.rows_of("train")[rows],
-        card.lengths_N[rows],
+        lengths,
+        targets,
         lanes=plan.lanes,
         limit_bytes=memory_limit(world.device, world.size),
         predict=predict,

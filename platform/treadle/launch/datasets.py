@@ -80,4 +80,4 @@ def audit_again(spec: JobSpec, folder: Path, blobs: Blobs, manifest: Manifest) -
     split_R = manifest.columns["split"]
     with open_reader(blobs, rows) as reader:
         fitted = fit_preprocessing(rows, split_R, reader, spec.data)
-        return audit(rows, split_R, manifest.preprocessing, reader, spec, fitted=fitted)
+        return audit(rows, split_R, manifest.preprocessing, reader, spec.data, spec.split, fitted=fitted)

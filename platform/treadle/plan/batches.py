@@ -155,12 +155,12 @@ class EpochPlan:
     @cached_property
     def longest_GL(self) -> Ints:
         """Frames of the longest row of each lane, 0 without rows."""
-        return self._over_lanes(np.maximum)
+        return self.most_GL(self.lengths_N)
 
     @cached_property
     def frames_GL(self) -> Ints:
         """Frames of each lane."""
-        return self._over_lanes(np.add)
+        return self._over_lanes(np.add, self.lengths_N)
 
     @cached_property
     def steps_GL(self) -> Ints:
@@ -185,14 +185,18 @@ class EpochPlan:
         found_GL[:num] = self.limit.padded(-(-self.longest_GL[:num] // pieces))
         return found_GL
 
+    def most_GL(self, values_N: NDArray[Any]) -> Ints:
+        """The largest of any value of rows, such as a number of targets, in each lane; 0 without rows."""
+        return self._over_lanes(np.maximum, values_N)
+
     def _taken(self, number: int, first: int, every: int) -> Ints:
         start, stop = int(self.bounds[number]), int(self.bounds[number + 1])
         return self.order_E[start + first : stop : every].astype(np.int64)
 
-    def _over_lanes(self, by: np.ufunc) -> Ints:
+    def _over_lanes(self, by: np.ufunc, values_N: NDArray[Any]) -> Ints:
         # All rounds but the last hold a multiple of `lanes` rows, so that lanes are the columns of one table.
         table = np.zeros((-(-self.num_entries // self.lanes), self.lanes), np.uint32)
-        table.reshape(-1)[: self.num_entries] = self.lengths_N[self.order_E]
+        table.reshape(-1)[: self.num_entries] = values_N[self.order_E]
         starts = self.bounds[:-1].astype(np.int64) // self.lanes
         return by.reduceat(table, starts, axis=0, dtype=np.int64)
 

@@ -17,7 +17,7 @@ from treadle.plan.augment import check_augment
 from treadle.plan.batches import EpochPlan, plan_epoch
 from treadle.plan.explain import Explained, explain
 from treadle.plan.repeats import class_repeats
-from treadle.plan.size import count_parameters, training_bytes
+from treadle.plan.size import count_parameters, longest_target, training_bytes
 from treadle.spec import (
     BatchSpec,
     Budget,
@@ -58,6 +58,7 @@ class SplitCard:
 
     Args:
         lengths_N: time steps per row.
+        targets_N: targets per row.
         label_frames_N: label frames that a CTC alignment of each row needs: labels plus repeats.
         labels_N: the label of each row where there is one per row, else -1.
         weights_N: what each row counts in the loss.
@@ -65,6 +66,7 @@ class SplitCard:
     """
 
     lengths_N: NDArray[np.int64]
+    targets_N: NDArray[np.int64]
     label_frames_N: NDArray[np.int64]
     labels_N: NDArray[np.int64]
     weights_N: NDArray[np.float32]
@@ -172,14 +174,14 @@ def make_plan(spec: JobSpec, card: DataCard, capacity: Capacity) -> Plan:
     lanes = spec.batch.lanes or world
     rows = trainable_rows(train, spec.task)
     _check_rows(len(rows), lanes, world)
-    lengths = train.lengths_N[rows]
-    slots = _auto_slots(spec, card, lengths, capacity) if spec.batch.is_auto else spec.batch.slots
+    lengths, targets = train.lengths_N[rows], train.targets_N[rows]
+    slots = _auto_slots(spec, card, lengths, targets, capacity) if spec.batch.is_auto else spec.batch.slots
     batch = with_slots(spec.batch, slots)
     repeats = class_repeats(train.labels_N[rows], batch)
     epoch = plan_epoch(lengths, batch, lanes=lanes, seed=spec.train.seed, epoch=0, repeats_N=repeats)
     if epoch.pieces(0) > 1:
         _check_pieces(spec)
-    size = _worker_bytes(spec, card, epoch)
+    size = _worker_bytes(spec, card, epoch, targets)
     _check_memory(size, world, capacity)
     median, p99 = np.percentile(lengths, [50, 99])
     dropped = len(train.lengths_N) - len(rows)
@@ -280,7 +282,9 @@ def _check_pieces(spec: JobSpec) -> None:
         )
 
 
-def _auto_slots(spec: JobSpec, card: DataCard, lengths_N: NDArray[Any], capacity: Capacity) -> int:
+def _auto_slots(
+    spec: JobSpec, card: DataCard, lengths_N: NDArray[Any], targets_N: NDArray[Any], capacity: Capacity
+) -> int:
     """The largest power of two that fits into the memory and leaves an epoch enough rounds.
 
     Powers of two, because free memory differs from day to day and batches should not.
@@ -289,13 +293,14 @@ def _auto_slots(spec: JobSpec, card: DataCard, lengths_N: NDArray[Any], capacity
     room = min(capacity.memory_bytes // world, capacity.memory_bytes // 2)
     longest, median = int(lengths_N.max()), int(np.median(lengths_N))
     most_by_rounds = int(lengths_N.sum()) // (FEW_ROUNDS * (spec.batch.lanes or world))
+    labels = {steps: longest_target(lengths_N, targets_N, steps) for steps in (median, longest)}
 
     def fits(slots: int) -> bool:
         if slots > max(LEAST_SLOTS, most_by_rounds):
             return False
         if not capacity.memory_bytes:
             return slots <= USUAL_SLOTS
-        shapes = [(max(1, slots // steps), min(steps, slots)) for steps in (median, longest)]
+        shapes = [(max(1, slots // steps), min(steps, slots), labels[steps]) for steps in (median, longest)]
         return max(_training_bytes(spec, card, *shape) for shape in shapes) <= room
 
     slots = LEAST_SLOTS
@@ -305,17 +310,25 @@ def _auto_slots(spec: JobSpec, card: DataCard, lengths_N: NDArray[Any], capacity
     return slots if spec.batch.long_rows is LongRows.chunk else max(slots, needed)
 
 
-def _worker_bytes(spec: JobSpec, card: DataCard, epoch: EpochPlan) -> int:
-    """Of the largest microbatch, and of the one with the longest rows."""
+def _worker_bytes(spec: JobSpec, card: DataCard, epoch: EpochPlan, targets_N: NDArray[Any]) -> int:
+    """Of the largest microbatch, of the one with the longest rows, and of that whose alignments are most."""
+    places = {epoch.largest, (0, 0)}
+    if isinstance(spec.task, CtcSpec):
+        alignments_GL = epoch.microbatch_GL * (card.signature.num_labels + epoch.most_GL(targets_N))
+        places.add(divmod(int(alignments_GL.argmax()), epoch.lanes))
     found: list[int] = []
-    for place in (epoch.largest, (0, 0)):
-        rows = 1 if epoch.pieces(place[0]) > 1 else len(epoch.lane_rows(*place))
+    for place in places:
+        taken = epoch.lane_rows(*place)
+        rows = 1 if epoch.pieces(place[0]) > 1 else len(taken)
         frames = None if epoch.limit.counts_slots else int(epoch.microbatch_GL[place])
-        found.append(_training_bytes(spec, card, rows, epoch.steps(*place), frames=frames))
+        labels = int(targets_N[taken].max())
+        found.append(_training_bytes(spec, card, rows, epoch.steps(*place), labels, frames=frames))
     return max(found)
 
 
-def _training_bytes(spec: JobSpec, card: DataCard, rows: int, steps: int, *, frames: int | None = None) -> int:
+def _training_bytes(
+    spec: JobSpec, card: DataCard, rows: int, steps: int, labels: int, *, frames: int | None = None
+) -> int:
     return training_bytes(
         spec.model,
         spec.task,
@@ -324,6 +337,7 @@ def _training_bytes(spec: JobSpec, card: DataCard, rows: int, steps: int, *, fra
         rows=rows,
         time_steps=steps,
         frames=frames,
+        labels=labels,
         world=max(1, spec.cluster.workers),
     )
 

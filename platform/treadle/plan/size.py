@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from numpy.typing import NDArray
+
 from treadle.plan.activations import Shape, activation_peak, is_packed, output_width, state_size
 from treadle.spec import (
     ClassifySpec,
@@ -21,7 +25,7 @@ from treadle.spec import (
     TaskSpec,
 )
 
-__all__ = ["count_parameters", "parameter_sizes", "training_bytes"]
+__all__ = ["count_parameters", "longest_target", "parameter_sizes", "training_bytes"]
 
 # Gates of the input and of the recurrent projection, and biases, per hidden unit.
 _GATES: dict[type[ModelSpec], tuple[int, int, int]] = {
@@ -84,6 +88,11 @@ def _head_width(task: TaskSpec, signature: Signature) -> int:
         return task.frames_per_step * (signature.num_labels + 1)
     assert isinstance(task, ClassifySpec)
     return signature.num_labels
+
+
+def longest_target(lengths_N: NDArray[Any], targets_N: NDArray[Any], steps: int) -> int:
+    """The most targets of a row of up to `steps` frames: what a microbatch of that length may hold."""
+    return int(targets_N[lengths_N <= steps].max(initial=0))
 
 
 def training_bytes(

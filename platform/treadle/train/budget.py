@@ -121,6 +121,7 @@ def find_budget(
     batch: BatchSpec,
     rows_N: Ints,
     lengths_N: NDArray[Any],
+    targets_N: NDArray[Any],
     *,
     lanes: int,
     limit_bytes: int,
@@ -133,7 +134,7 @@ def find_budget(
     Args:
         learner: of the job, on the device of the job.
         batch: max_rows, multiple_of and long_rows are read.
-        rows_N: training rows, by number in the data set. lengths_N: their frames.
+        rows_N: training rows, by number in the data set. lengths_N: their frames. targets_N: their targets.
         lanes: shares of a round.
         limit_bytes: what this worker may use; see `memory_limit`.
         predict: the peak of (rows, time steps) by arithmetic; what it puts at twice the limit is not tried.
@@ -143,7 +144,7 @@ def find_budget(
 
     Cost: updates of all budgets up to the one taken and two doublings beyond; `PROBE_S` and one update at most.
     """
-    search = _Search(learner, batch, rows_N, np.asarray(lengths_N, np.int64), limit_bytes, predict)
+    search = _Search(learner, batch, rows_N, np.asarray(lengths_N, np.int64), targets_N, limit_bytes, predict)
     least = search.least_slots
     most = max(least, min(MOST_SLOTS, int(np.sum(lengths_N, dtype=np.int64)) // (FEW_ROUNDS * lanes)))
     with _untouched(learner):
@@ -192,12 +193,14 @@ class _Search:
         batch: BatchSpec,
         rows_N: Ints,
         lengths_N: Ints,
+        targets_N: NDArray[Any],
         limit_bytes: int,
         predict: Callable[[int, int], int],
     ) -> None:
         order_N = np.argsort(lengths_N, kind="stable")
         self._learner, self._batch = learner, batch
         self._rows, self._lengths = rows_N[order_N], lengths_N[order_N]
+        self._most_targets = np.maximum.accumulate(targets_N[order_N])
         self._limit, self._predict = limit_bytes, predict
         self._speeds: dict[int, float] = {}
         self._deadline = time.monotonic() + PROBE_S
@@ -279,6 +282,9 @@ class _Search:
             # One row is a little shorter where there is one: rows of one length are padded, and packed, for free.
             places = np.full(num_rows, place)
             places[1:2] = max(0, int(np.searchsorted(self._lengths, self._lengths[place])) - 1)
+            if num_rows > 1:  # the most targets of rows up to this length, to which the others are padded
+                last = int(np.searchsorted(self._lengths, self._lengths[place], side="right")) - 1
+                places[-1] = int(np.searchsorted(self._most_targets, self._most_targets[last]))
             peak, speed = self._measured(self._learner.read(self._rows[places]), timed=timed)
         return Trial(
             slots=slots,

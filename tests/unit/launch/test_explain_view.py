@@ -109,6 +109,7 @@ def card() -> DataCard:
     rows = len(LENGTHS)
     train = SplitCard(
         lengths_N=LENGTHS,
+        targets_N=np.ones(rows, np.int64),
         label_frames_N=np.zeros(rows, np.int64),
         labels_N=np.arange(rows) % 3,
         weights_N=np.ones(rows, np.float32),

@@ -46,6 +46,7 @@ def told(spec: JobSpec) -> dict[str, str]:
     rows = 500
     train = SplitCard(
         lengths_N=np.arange(rows, dtype=np.int64) % 50 + 1,
+        targets_N=np.ones(rows, np.int64),
         label_frames_N=np.zeros(rows, np.int64),
         labels_N=np.arange(rows) % 3,
         weights_N=np.ones(rows, np.float32),

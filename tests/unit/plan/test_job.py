@@ -10,6 +10,7 @@ import pytest
 from treadle import wire
 from treadle.errors import ConfigError, DataError, InfeasibleError
 from treadle.plan import Capacity, DataCard, Plan, SplitCard, count_parameters, make_plan
+from treadle.plan.size import training_bytes
 from treadle.spec import (
     AdamWSpec,
     BatchSpec,
@@ -57,6 +58,7 @@ def card(
     lengths=(3, 4, 5, 6),
     label_frames=(2, 9, 3, 12),
     *,
+    targets=None,
     labels=None,
     weights=None,
     split="train",
@@ -66,6 +68,7 @@ def card(
     num = len(lengths)
     rows = SplitCard(
         lengths_N=np.array(lengths, np.int64),
+        targets_N=np.ones(num, np.int64) if targets is None else np.array(targets, np.int64),
         label_frames_N=np.array(label_frames, np.int64) if len(label_frames) == num else np.zeros(num, np.int64),
         labels_N=np.full(num, -1) if labels is None else np.array(labels),
         weights_N=np.ones(num, np.float32) if weights is None else np.array(weights, np.float32),
@@ -203,6 +206,46 @@ def test_few_rounds_are_said_with_what_helps():
 def test_padding_to_a_multiple_is_said_to_do_nothing_for_frames():
     spec = job(batch=BatchSpec(max_slots="64", budget=Budget.frames, multiple_of=8), **CLASSIFY)
     assert any("multiple_of does nothing" in line for line in make_plan(spec, labelled([0] * 50), ROOMY).warnings)
+
+
+def words_card(targets, lengths=(40,) * 320) -> DataCard:
+    """Rows with so many targets each, none twice in a row."""
+    return card(lengths, targets, targets=targets)
+
+
+def test_memory_is_that_of_the_longest_target_of_a_microbatch():
+    spec = job(batch=BatchSpec(max_slots="800"))
+
+    def size(labels):
+        return training_bytes(spec.model, spec.task, TOKENS, spec.optim, rows=20, time_steps=40, labels=labels, world=2)
+
+    assert {n: make_plan(spec, words_card([n] * 320), ROOMY).worker_bytes for n in (3, 70)} == {
+        n: size(n) for n in (3, 70)
+    }
+    assert size(70) > 1.2 * size(3)
+    for row in (0, 170, 319):  # whichever microbatch it falls into
+        mixed = [70 if n == row else 3 for n in range(320)]
+        assert make_plan(spec, words_card(mixed), ROOMY).worker_bytes == size(70)
+    left_out = words_card([*[3] * 319, 90])  # needs more label frames than the row has
+    assert make_plan(spec, left_out, ROOMY).worker_bytes == size(3)
+
+
+def test_a_long_target_in_a_smaller_microbatch_is_seen():
+    # 2 rows of 40 frames fill their microbatch; 26 of 3 frames leave slots unused and have the longer targets.
+    lengths = [40] * 20 + [3] * 260
+    spec = job(batch=BatchSpec(max_slots="80", lanes=2), task=CtcSpec(frames_per_step=20), model=RnnSpec(hidden_size=4))
+    short, long = (make_plan(spec, words_card([2] * 20 + [n] * 260, lengths), ROOMY).worker_bytes for n in (2, 60))
+    assert long > 1.4 * short
+
+
+def test_slots_estimated_from_memory_leave_room_for_the_targets():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 60, 20_000)
+    spec = job(batch=BatchSpec(max_slots="auto"))
+    tight = dataclasses.replace(ROOMY, memory_bytes=40 << 20)
+    few, many = (make_plan(spec, words_card(lengths // by * 2, lengths), tight) for by in (20, 1))
+    assert many.max_slots < few.max_slots
+    assert many.worker_bytes <= 20 << 20
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from treadle.data import Batch, Form
 from treadle.nn import build_network
-from treadle.plan.size import count_parameters, parameter_sizes, training_bytes
+from treadle.plan.size import count_parameters, longest_target, parameter_sizes, training_bytes
 from treadle.spec import (
     AdamWSpec,
     ClassifySpec,
@@ -55,13 +55,14 @@ def batch_of(signature: Signature, lengths, num_labels: int, *, packed: bool) ->
     )
 
 
-def measured_and_predicted(model, task, signature, lengths, *, optim=None, packed=None):
+def measured_and_predicted(model, task, signature, lengths, *, optim=None, packed=None, num_labels=None):
     """Bytes of a whole update, and what arithmetic says of it."""
     torch.manual_seed(0)
     optim = optim or AdamWSpec()
     network = build_network(model, task, signature).train()
     packed = network.packed if packed is None else packed
-    num_labels = max(1, min(lengths) // 3) if isinstance(task, CtcSpec) else 1
+    if num_labels is None:
+        num_labels = max(1, min(lengths) // 3) if isinstance(task, CtcSpec) else 1
     learner = Learner(
         network=network,
         optimizer=build_optimizer(optim, network),
@@ -175,6 +176,21 @@ def test_plain_descent_keeps_one_moment():
     found = measured_and_predicted(model, task, signature, [6, 6], optim=SgdSpec())
     assert_close(found)
     assert found[0] < 0.8 * measured_and_predicted(model, task, signature, [6, 6])[0]
+
+
+@pytest.mark.parametrize("cell", [LstmSpec, MinGruSpec])
+def test_ctc_takes_what_its_longest_target_takes(cell):
+    signature = Signature(input_kind=InputKind.frames, input_size=16, num_labels=20, max_length=99)
+    lengths, model, task = lengths_of((16, 60), full=False), cell(hidden_size=16), CtcSpec(frames_per_step=2)
+    found = [measured_and_predicted(model, task, signature, lengths, num_labels=n) for n in (2, 30, 110)]
+    for pair in found:
+        assert_close(pair)
+    assert found[0][0] < 0.9 * found[1][0] < 0.6 * found[2][0]
+
+
+def test_the_longest_target_is_that_of_rows_that_fit():
+    lengths, targets = np.array([3, 5, 5, 9]), np.array([2, 7, 4, 1])
+    assert [longest_target(lengths, targets, steps) for steps in (2, 3, 5, 9)] == [0, 2, 7, 7]
 
 
 def predict(*, rows=8, time_steps=50, world=1):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from train_rig import FP32, Toy, toy_spec
 
-from treadle.data import Draft, Form, Frames, Labels, Row, RowReader
+from treadle.data import Draft, Form, Frames, Labels, Row, RowReader, Tokens
 from treadle.errors import InfeasibleError
 from treadle.plan.size import training_bytes
-from treadle.spec import BatchSpec, ClassifySpec, LongRows, LstmSpec, MinGruSpec, SgdSpec
+from treadle.spec import BatchSpec, ClassifySpec, CtcSpec, LongRows, LstmSpec, MinGruSpec, SgdSpec, TargetPer
 from treadle.train import budget, build_optimizer, pack
 from treadle.train.budget import Learner, find_budget, memory_limit, peak_of_update
 from treadle.train.state import snapshot
@@ -54,10 +55,13 @@ class Found:
         )
         self.rows = self.toy.manifest.rows_of("train")
         self.lengths = self.toy.manifest.columns["length"][self.rows]
+        self.targets = self.toy.manifest.columns["targets"][self.rows]
 
     def find(self, *, limit=ROOMY, batch=None, lanes=1, **options):
         batch = batch or BatchSpec(max_slots="auto")
-        return find_budget(self.learner, batch, self.rows, self.lengths, lanes=lanes, limit_bytes=limit, **options)
+        return find_budget(
+            self.learner, batch, self.rows, self.lengths, self.targets, lanes=lanes, limit_bytes=limit, **options
+        )
 
 
 @pytest.fixture
@@ -149,8 +153,32 @@ def test_a_trace_is_removed_when_a_trial_fails():
 
     learner = dataclasses.replace(made.learner, read=read)
     with pytest.raises(OSError, match="away"):
-        find_budget(learner, BatchSpec(), made.rows, made.lengths, lanes=1, limit_bytes=ROOMY)
+        find_budget(learner, BatchSpec(), made.rows, made.lengths, made.targets, lanes=1, limit_bytes=ROOMY)
     assert pack(snapshot(learner.network, learner.optimizer)) == before
+
+
+@pytest.mark.usefixtures("many_rounds")
+def test_every_shape_is_tried_with_the_longest_target_that_it_may_have():
+    words = itertools.islice(itertools.product("abc", repeat=6), 40)
+    rows = [
+        Row(entity=str(i), inputs=list(word), target=["A"] * (6 if i in (3, 17) else 1 + i % 3))
+        for i, word in enumerate(words)
+    ]
+    draft = Draft(rows=rows, inputs=Tokens(), target=Labels(names=("A",), per=TargetPer.sequence), licence="none")
+    made = Found(draft, task=CtcSpec(frames_per_step=4), model=LstmSpec(hidden_size=8, embedding_size=4))
+    seen = []
+
+    def read(rows):
+        batch = made.reader.batch(rows)
+        seen.append((len(rows), int(batch.label_lengths_B.max())))
+        return batch
+
+    made.learner = dataclasses.replace(made.learner, read=read)
+    made.find()
+    most = int(made.targets.max())
+    assert most == 6
+    assert {num for num, _ in seen if num > 1}
+    assert all(longest == most for num, longest in seen if num > 1)
 
 
 def test_what_cannot_fit_is_refused_with_its_size():
@@ -167,6 +195,7 @@ def test_what_arithmetic_puts_far_above_the_limit_is_not_tried():
             BatchSpec(),
             made.rows,
             made.lengths,
+            made.targets,
             lanes=1,
             limit_bytes=1000,
             predict=lambda rows, steps: 10_000 * rows * steps,

@@ -202,6 +202,7 @@ def card(labels):
     ones = np.ones(len(labels))
     return SplitCard(
         lengths_N=ones.astype(np.int64),
+        targets_N=ones.astype(np.int64),
         label_frames_N=ones.astype(np.int64),
         labels_N=labels_N,
         weights_N=ones.astype(np.float32),
