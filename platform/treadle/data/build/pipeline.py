@@ -17,7 +17,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from treadle import wire
@@ -149,21 +148,10 @@ def build_view(rows: Manifest, data: DataSpec, split: SplitSpec, shelf: Shelf, *
     Raises:
         DataError: a split that cannot be made, or what the audit found.
     """
-    with RowReader(_Unmapped(shelf), rows, reading=_READING) as reader:
+    with RowReader(shelf, rows, reading=_READING, mapped=False) as reader:
         made = make_view(rows, reader, data, split)
     manifest = dataclasses.replace(made, header=dataclasses.replace(made.header, recipe=recipe))
     return _keep(manifest, shelf, f"data/{data.name}/manifests"), manifest
-
-
-class _Unmapped:
-    """A store whose blocks are read, not mapped: mapped pages stay resident, and memory would grow with the data."""
-
-    def __init__(self, shelf: Shelf) -> None:
-        self.get = shelf.get
-
-    def local_path(self, key: str) -> Path | None:
-        del key
-        return None
 
 
 class _Counted:

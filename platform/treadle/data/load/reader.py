@@ -54,7 +54,9 @@ class RowReader:
         blobs: where the shards are. Those in a folder are mapped into memory, others are read by range.
         manifest: of the data set; `batch` needs one that is split.
         cache: where blocks of a far store are kept; None: nowhere but in memory.
-        reading: how a far store is read.
+        reading: how blocks are read that are not mapped.
+        mapped: whether blocks in a folder are mapped; pages that were touched stay resident then, as far as there is
+            memory, and count as this process's.
         gather: who copies; C where there is a compiler.
     """
 
@@ -65,6 +67,7 @@ class RowReader:
         *,
         cache: BlockCache | None = None,
         reading: Reading | None = None,
+        mapped: bool = True,
         gather: Gather | None = None,
     ) -> None:
         self._manifest = manifest
@@ -77,7 +80,7 @@ class RowReader:
         self._label_ids = None if preprocessing is None else _ids_of(content.labels, preprocessing.labels, other=-1)
         labels_R = _row_labels(manifest, self._label_ids)
         self._is_class = labels_R is not None
-        self._open = OpenBlocks(_source(blobs, manifest, cache, reading), manifest, labels_R)
+        self._open = OpenBlocks(_source(blobs, manifest, cache, reading, mapped=mapped), manifest, labels_R)
         self._lock = threading.Lock()
 
     def __enter__(self) -> RowReader:
@@ -371,10 +374,12 @@ class RowReader:
         return whole.take(pa.array(np.argsort(order_R, kind="stable")))
 
 
-def _source(blobs: Readable, manifest: Manifest, cache: BlockCache | None, reading: Reading | None) -> BlockSource:
+def _source(
+    blobs: Readable, manifest: Manifest, cache: BlockCache | None, reading: Reading | None, *, mapped: bool
+) -> BlockSource:
     blocks = manifest.header.blocks
     paths = {key: blobs.local_path(key) for key in dict.fromkeys(block.key for block in blocks)}
-    if all(path is not None for path in paths.values()):
+    if mapped and all(path is not None for path in paths.values()):
         return NearBlocks({key: path for key, path in paths.items() if path is not None}, blocks)
     return FarBlocks(blobs, blocks, cache, reading)
 
