@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ class Listed:
         rows: all of them, those in no split included. num_bytes: of its blocks.
         is_split: whether it is one to train on; else it holds rows alone.
         made_at: when it was built, an ISO time in UTC, or "" where that is not known.
+        damage: why its manifest cannot be read, and nothing else is known of it; "" where it can.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Listed:
     is_split: bool
     licence: str
     made_at: str
+    damage: str = ""
 
 
 def list_datasets(blobs: Stored, name: str | None = None) -> list[Listed]:
@@ -113,14 +116,28 @@ def _made_at(blobs: Stored, name: str) -> dict[str, str]:
     """The last time that each digest was made, where the recipes say it."""
     made: dict[str, str] = {}
     for entry in blobs.list(f"data/{name}/recipes/"):
-        note = wire.parse_json(blobs.get(entry.key), where=entry.key)
-        at, digest = str(note.get("made_at", "")), str(note.get("digest"))
-        made[digest] = max(at, made.get(digest, ""))
+        with contextlib.suppress(IntegrityError, AttributeError):  # a damaged note costs an order, not a list
+            note = wire.parse_json(blobs.get(entry.key), where=entry.key)
+            at, digest = str(note.get("made_at", "")), str(note.get("digest"))
+            made[digest] = max(at, made.get(digest, ""))
     return made
 
 
 def _listed(blobs: Stored, name: str, digest: str, made_at: str) -> Listed:
-    header = read_header(blobs, name, digest)
+    try:
+        header = read_header(blobs, name, digest)
+    except IntegrityError as error:  # one file must not hide all others
+        return Listed(
+            name=name,
+            digest=digest,
+            rows=0,
+            num_bytes=0,
+            num_blocks=0,
+            is_split=False,
+            licence="",
+            made_at=made_at,
+            damage=error.message,
+        )
     return Listed(
         name=name,
         digest=digest,

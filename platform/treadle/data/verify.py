@@ -17,7 +17,7 @@ import numpy as np
 
 from treadle.data.blocks import BlockRows, decode_block
 from treadle.data.manifest import Block, Manifest
-from treadle.errors import IntegrityError, NotFoundError
+from treadle.errors import ConfigError, IntegrityError, NotFoundError
 
 __all__ = ["Damage", "verify_blocks"]
 
@@ -83,6 +83,10 @@ def _complaint(blobs: Readable, manifest: Manifest, number: int) -> str:
         return "the shard is gone"
     except IntegrityError as error:
         return error.message.rpartition(": ")[2]
+    except ConfigError as error:  # no plain file, such as a link
+        return error.message
+    except OSError as error:
+        return error.strerror or str(error)
     return _mismatch(rows, manifest, number)
 
 

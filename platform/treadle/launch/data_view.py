@@ -129,8 +129,14 @@ def findings_text(findings: Sequence[Finding]) -> str:
 
 def listed_text(listed: Sequence[Listed]) -> str:
     """The data sets of a store, a line each."""
-    rows = [(d.name, d.digest[:12], d.rows, format_bytes(d.num_bytes), d.num_blocks, d.made_at or None) for d in listed]
-    return table(rows, ["data", "digest", "rows", "size", "blocks", "made"])
+    rows = [
+        (d.name, d.digest[:12], d.rows, format_bytes(d.num_bytes), d.num_blocks, d.made_at or None)
+        if not d.damage
+        else (d.name, d.digest[:12], None, None, None, d.made_at or None)
+        for d in listed
+    ]
+    damage = [f"damaged: {d.damage}" for d in listed if d.damage]
+    return "\n".join([table(rows, ["data", "digest", "rows", "size", "blocks", "made"]), *damage])
 
 
 def damage_text(damage: Sequence[Damage]) -> str:

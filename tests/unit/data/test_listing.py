@@ -39,6 +39,19 @@ def test_data_sets_are_listed_by_name_and_time() -> None:
     assert list_datasets(MemoryBlobs()) == []
 
 
+def test_what_is_damaged_is_listed_as_such_and_hides_nothing() -> None:
+    blobs = MemoryBlobs()
+    _, sound = write_dataset(blobs, made_at="2026-11-23T10:00:00Z")
+    _, harmed = write_dataset(blobs, name="audio", made_at="2026-11-23T10:00:00Z")
+    blobs.put(f"data/audio/manifests/{harmed}.arrow", b"not a manifest at all, but long enough to be one")
+    (note,) = [entry.key for entry in blobs.list("data/icu/recipes/")]
+    blobs.put(note, b"[]")
+    first, second = list_datasets(blobs)
+    assert (first.digest, first.made_at) == (harmed, "2026-11-23T10:00:00Z")
+    assert first.damage == f"data/audio/manifests/{harmed}.arrow: not a manifest (no Arrow file)"
+    assert (second.digest, second.damage, second.rows, second.made_at) == (sound, "", 8, "")
+
+
 def test_a_header_is_read_without_the_columns() -> None:
     blobs = Counting()
     manifest, digest = write_dataset(blobs)

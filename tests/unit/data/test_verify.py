@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,30 @@ def test_all_damage_is_found_not_the_first_alone() -> None:
         (1, "the shard is gone"),
         (3, "not what was written (checksum)"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("harm", "what"), [("folder", "Is a directory"), ("link", "symbolic link"), ("locked", "Permission denied")]
+)
+def test_what_cannot_be_opened_is_damage_among_others(tmp_path, harm: str, what: str) -> None:
+    blobs = LocalBlobs(tmp_path)
+    manifest, _ = write_dataset(blobs)
+    blocks = manifest.header.blocks
+    path = blobs.local_path(blocks[0].key)
+    assert path is not None
+    cut = blobs.local_path(blocks[3].key)
+    assert cut is not None
+    cut.write_bytes(cut.read_bytes()[: blocks[3].offset + 5])
+    if harm == "locked":
+        if os.geteuid() == 0:
+            pytest.skip("root may read everything")
+        path.chmod(0)
+    else:
+        away = path.rename(tmp_path / "away")
+        path.mkdir() if harm == "folder" else path.symlink_to(away)
+    found = verify_blocks(blobs, manifest)
+    assert [d.block for d in found] == [0, 1, 3]
+    assert what in found[0].what
 
 
 def test_a_folder_is_read_too(tmp_path) -> None:
