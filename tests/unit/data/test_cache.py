@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -120,16 +121,73 @@ def test_enough_is_enough(data: Toy) -> None:
     assert fetching() <= others
 
 
+def settled(source: FarBlocks) -> None:
+    while not all(coming.future.done() for coming in source._coming.values()):
+        time.sleep(0.001)
+
+
 def test_what_nobody_takes_is_not_kept_for_ever(data: Toy) -> None:
     far = Slow(data.write(MemoryBlobs()))
     source = FarBlocks(far, data.manifest.header.blocks, None, Reading(max_request_bytes=1, window=1))
     for n in range(23):
         source.expect([n])
-        while not all(future.done() for future in source._coming.values()):
-            time.sleep(0.001)
+        settled(source)
         assert len(source._coming) <= 8
+    assert source.expect([22]) is False
     assert checksum(source.raw([0])[0]) == data.manifest.header.blocks[0].checksum
+    for n in range(8, 20):  # blocks 1 to 7 are passed over
+        source.raw([n])
+    source.expect([20])
+    source.expect([21])
+    assert set(source._coming) <= {20, 21}
     source.close()
+
+
+@pytest.mark.parametrize("num_asked", [3, 23])
+def test_more_may_come_than_is_kept(data: Toy, num_asked: int) -> None:
+    far = Slow(data.write(MemoryBlobs()))
+    blocks = data.manifest.header.blocks
+    source = FarBlocks(far, blocks, None, Reading(max_request_bytes=1, window=1))
+    source.expect(range(23))
+    settled(source)
+    found = source.raw(range(num_asked))
+    assert [checksum(raw) for raw in found] == [block.checksum for block in blocks[:num_asked]]
+    assert far.num_requests == 23
+    source.close()
+
+
+def test_a_full_disk_costs_no_second_request(data: Toy, cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = Slow(data.write(MemoryBlobs()))
+    monkeypatch.setattr(cache, "_folder", Path("/dev/full"))  # no file can be made there
+    source = FarBlocks(far, data.manifest.header.blocks, cache, Reading(max_request_bytes=1))
+    source.expect(range(10))
+    settled(source)
+    source.raw(range(10))
+    assert far.num_requests == 10
+    source.close()
+
+
+def test_a_file_damaged_again_and_again_is_fetched_each_time(data: Toy, cache: BlockCache) -> None:
+    far = Slow(data.write(MemoryBlobs()))
+    block = data.manifest.header.blocks[0]
+    path = cache._folder / block.checksum
+    with RowReader(far, data.manifest, cache=cache, reading=Reading(held_bytes=1)) as reader:
+        for _ in range(3):
+            assert_same(reader.batch(np.arange(3)), expected(data, [0, 1, 2], Form.padded))
+            reader.batch(np.arange(90, 100))  # the first block is let go
+            raw = bytearray(path.read_bytes())
+            raw[len(raw) // 2] ^= 1
+            path.unlink()  # another file: the one that is mapped stays as it is
+            path.write_bytes(raw)
+
+
+def test_a_cache_that_holds_everything_keeps_its_room(tmp_path: Path) -> None:
+    empty = BlockCache.of_share(tmp_path, 0.5)
+    for n in range(20):
+        assert empty.put(f"{n:032x}", bytes(1 << 20))
+    again = BlockCache.of_share(tmp_path, 0.5)
+    free = shutil.disk_usage(tmp_path).free
+    assert abs(again._max_bytes - 0.5 * (free + (20 << 20))) < 4 << 20
 
 
 def test_neighbours_share_a_request(data: Toy) -> None:
@@ -182,7 +240,7 @@ def test_what_the_store_holds_damaged_is_asked_for_twice_and_never_kept(data: To
                 reader.batch(np.array([6 * 9]))
         inner.put(block.key, data.shards[block.key])
         assert_same(reader.batch(np.array([6 * 9])), expected(data, [6 * 9], Form.padded))
-    assert far.num_requests == 2 + 1 + 1  # the second time it is known to be damaged
+    assert far.num_requests == 2 + 2 + 1
     assert files(cache) == {block.checksum}
 
 

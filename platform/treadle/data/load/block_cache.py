@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -36,6 +37,19 @@ class BlockCache:
         self._lock = threading.Lock()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    @classmethod
+    def of_share(cls, folder: Path, share: float) -> BlockCache:
+        """A cache in a folder that may take `share` of what would be free without it.
+
+        Of what is free with it, a cache that holds all of a data set would give up half of it at the next run.
+
+        Raises:
+            OSError: the folder cannot be made or looked at.
+        """
+        cache = cls(folder, 0)
+        held = sum(size for _, _, size in cache._files())
+        return cls(folder, int(share * (shutil.disk_usage(folder).free + held)))
+
     def has(self, checksum: str) -> bool:
         return (self._folder / checksum).is_file()
 
@@ -49,13 +63,16 @@ class BlockCache:
             return None
         return found
 
-    def put(self, checksum: str, data: bytes) -> None:
-        """Keep a block whose bytes have this checksum. A full disk is no reason to stop: it is not kept then."""
-        with contextlib.suppress(OSError):
+    def put(self, checksum: str, data: bytes) -> bool:
+        """Keep a block whose bytes have this checksum. A full disk is no reason to stop: gives False then."""
+        try:
             with self._new_file() as path:
                 path.write_bytes(data)
                 path.replace(self._folder / checksum)
             self._make_room(len(data))
+        except OSError:
+            return False
+        return True
 
     def drop(self, checksum: str) -> None:
         """It is damaged."""

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from treadle.data.blocks import checksum
 from treadle.data.load.block_cache import BlockCache
@@ -22,7 +22,14 @@ __all__ = ["FarBlocks", "Ranged", "Reading"]
 
 
 _KEPT = 8
-"""Blocks read ahead and not taken yet, in windows, that stay in memory where there is no cache."""
+"""Blocks read ahead and not taken yet, in windows, that may be in memory where there is no cache."""
+
+
+class _Coming(NamedTuple):
+    """A block that was asked for: its request, and how many blocks had been taken before."""
+
+    future: Future[dict[int, bytes]]
+    taken: int
 
 
 class Ranged(Protocol):
@@ -69,16 +76,20 @@ class FarBlocks:
         self._reading = reading or Reading()
         self.max_bytes: int | None = self._reading.held_bytes
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[int, Future[dict[int, bytes]]] = {}
-        self._damaged: set[int] = set()
+        self._coming: dict[int, _Coming] = {}
+        self._taken = 0
         self._stop = threading.Event()
         self._lock = threading.Lock()
 
     def expect(self, numbers: Iterable[int]) -> bool:
         """Begin to read what is neither kept nor under way; False where enough is."""
+        most = _KEPT * self._reading.window
         with self._lock:
+            if len(self._coming) >= most:
+                self._forget(most)
+                return False
             self._start([n for n in set(numbers) if self._cache is None or not self._cache.has(self._checksum(n))])
-            under_way = {future for future in self._coming.values() if not future.done()}
+            under_way = {coming.future for coming in self._coming.values() if not coming.future.done()}
             return len(under_way) < self._reading.window
 
     def raw(self, numbers: Sequence[int]) -> list[Any]:
@@ -92,21 +103,20 @@ class FarBlocks:
         missing = [n for n in numbers if found[n] is None]
         with self._lock:
             self._start(missing)
-            futures = {n: self._coming[n] for n in missing}
+            futures = {n: self._coming[n].future for n in missing}
         for n, future in futures.items():
             found[n] = future.result()[n]
             with self._lock:
-                if self._coming.get(n) is future:
+                self._taken += 1
+                if n in self._coming and self._coming[n].future is future:
                     del self._coming[n]
         return [found[n] for n in numbers]
 
-    def damaged(self, number: int, error: IntegrityError) -> None:
-        """A block that came damaged may be asked for once more: the disk of the cache or the way may be to blame."""
-        if number in self._damaged:
-            raise error
-        self._damaged.add(number)
+    def damaged(self, number: int) -> bool:
+        """Asking once more may help: the disk of the cache or the way may be to blame."""
         if self._cache is not None:
             self._cache.drop(self._checksum(number))
+        return True
 
     def close(self) -> None:
         """End all threads; what is under way is given up."""
@@ -124,30 +134,33 @@ class FarBlocks:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._reading.num_requests, thread_name_prefix="treadle-fetch")
             future = self._pool.submit(self._fetch, part)
-            self._coming.update(dict.fromkeys(part, future))
-        arrived = [n for n, future in self._coming.items() if future.done()]
-        for n in arrived[: max(0, len(self._coming) - _KEPT * self._reading.window)]:
-            del self._coming[n]  # read ahead, and never taken
+            self._coming.update(dict.fromkeys(part, _Coming(future, self._taken)))
+
+    def _forget(self, most: int) -> None:
+        """Let go of what came and was passed over, such as the rest of an epoch that ended early."""
+        passed = [n for n, c in self._coming.items() if c.future.done() and self._taken - c.taken > most]
+        for n in passed:
+            del self._coming[n]
 
     def _fetch(self, part: Sequence[int]) -> dict[int, bytes]:
         """The bytes of neighbouring blocks; those that are what was written go into the cache."""
-        is_needed = False
+        needed: set[int] = set()
         try:
             found = self._parted(part)
-            if self._cache is None:
-                is_needed = True
-            else:
-                for n, data in found.items():
-                    if checksum(data) == self._checksum(n):
-                        self._cache.put(self._checksum(n), data)
+            needed = {n for n, data in found.items() if not self._keep(n, data)}
             return found
         finally:
             # What the disk has need not stay in memory, and what failed is asked for anew when it is needed; who
             # waits for it already has the future.
-            if not is_needed:
-                with self._lock:
-                    for n in part:
-                        self._coming.pop(n, None)
+            with self._lock:
+                for n in set(part) - needed:
+                    self._coming.pop(n, None)
+
+    def _keep(self, number: int, data: bytes) -> bool:
+        """Whether there is no need to hold a block in memory: the cache has it, or it is damaged."""
+        if self._cache is None:
+            return False
+        return checksum(data) != self._checksum(number) or self._cache.put(self._checksum(number), data)
 
     def _parted(self, part: Sequence[int]) -> dict[int, bytes]:
         first, last = self._blocks[part[0]], self._blocks[part[-1]]

@@ -58,16 +58,17 @@ class OpenBlocks:
             TransientError: a far store does not answer.
         """
         found: dict[int, BlockRows] = {}
-        left = list(numbers)
+        left, is_last = list(numbers), False
         while left:
             again = []
             for number, raw in zip(left, self.source.raw(left), strict=True):
                 try:
                     found[number] = self._checked(number, decode_block(raw, self.blocks[number], self.content))
-                except IntegrityError as error:
-                    self.source.damaged(number, error)
+                except IntegrityError:
+                    if not self.source.damaged(number) or is_last:
+                        raise
                     again.append(number)
-            left = again
+            left, is_last = again, True
         return [found[number] for number in numbers]
 
     def add(self, number: int, rows: BlockRows) -> None:
