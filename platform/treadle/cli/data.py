@@ -63,8 +63,10 @@ def build(job: str, overrides: tuple[str, ...], again: bool, place: str | None, 
         progress.close()
     manifest = load_manifest(blobs, spec.data.name, digest)
     if is_new:
-        say(f"built in {format_duration_s(time.monotonic() - started_s)}; {manifest.header.licence}")
+        say(f"built in {format_duration_s(time.monotonic() - started_s)}, licence: {manifest.header.licence}")
     body = _built(manifest, digest) | {"was_there": not is_new, "store": blobs.uri}
+    if aside := body["quarantine"]:
+        body["quarantine"] = str(blobs.local_path(aside) or f"{blobs.uri}/{aside}")
     answer(as_json, body, lambda: _built_text(body))
 
 
