@@ -388,9 +388,9 @@ class SplitSpec:
     seed: Annotated[int, Ge(0)] = 0
     """Of the hash."""
     horizon: Annotated[float, Ge(0)] = 0.0
-    """How long after its time a row's target is decided; rows whose target reaches into a later split are dropped."""
+    """How long after its time a row's target is decided. Splits by time drop rows that are so near to a later one."""
     embargo: Annotated[float, Ge(0)] = 0.0
-    """Time left empty between two splits, beside the horizon."""
+    """Time left empty between two splits, beside the horizon; of splits by time."""
     folds: Annotated[int, Ge(2)] = 5
     """Test blocks, one after the other, of walking forward."""
     fold: Annotated[int, Ge(0)] = 0
@@ -409,6 +409,11 @@ class SplitSpec:
                 raise ConfigError(f"split.{name}: got {value}, expected a share below 1 or a whole number")
         if self.fold >= self.folds:
             raise ConfigError(f"split.fold: got {self.fold}, expected below split.folds = {self.folds}")
+        if self.embargo and self.by in (SplitBy.entity, SplitBy.stratified):
+            raise ConfigError(
+                f"split.embargo: got {self.embargo:g}, expected 0 beside split.by={self.by.value}: only splits by time "
+                "have time between them"
+            )
         if self.window is Window.rolling and self.train_rows is None:
             raise ConfigError("split.train_rows: got null, expected a number of rows beside split.window=rolling")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from treadle.data.manifest import NO_SPLIT
 from treadle.data.mixing import splitmix64
-from treadle.data.splits.assign import assign
+from treadle.data.splits.assign import assign, window_reaches
 from treadle.errors import ConfigError, DataError
 from treadle.spec import SplitBy, SplitSpec, Window
 
@@ -48,14 +48,15 @@ shares = st.sampled_from([0.0, 0.1, 0.3, 1, 3])
 
 
 def specs_of(*by):
+    timed = {SplitBy.time, SplitBy.walk_forward} >= {*by}
     return st.builds(
         SplitSpec,
         by=st.sampled_from(by),
         valid=shares,
         test=shares,
         seed=st.integers(0, 3),
-        horizon=st.sampled_from([0.0, 3.0]),
-        embargo=st.sampled_from([0.0, 2.0]),
+        horizon=st.sampled_from([0.0, 3.0] if timed else [0.0]),
+        embargo=st.sampled_from([0.0, 2.0] if timed else [0.0]),
         folds=st.just(3),
         fold=st.integers(0, 2),
         window=st.sampled_from(Window),
@@ -64,9 +65,9 @@ def specs_of(*by):
     )
 
 
-specs = specs_of(*SplitBy)
 grouped = specs_of(SplitBy.entity, SplitBy.stratified)
 timed = specs_of(SplitBy.time, SplitBy.walk_forward)
+specs = grouped | timed
 
 
 def try_assign(table, spec):
@@ -128,13 +129,14 @@ def test_splits_follow_one_another_in_time_with_horizon_and_embargo_between(tabl
 
 
 @given(tables(), specs_of(SplitBy.time), st.sampled_from([1.0, 5.0]))
-def test_no_label_window_reaches_a_split_that_the_source_gives(table, spec, horizon):
+def test_horizon_and_embargo_are_kept_on_both_sides_of_a_split_that_the_source_gives(table, spec, horizon):
     result = try_assign(table, replace(spec, horizon=horizon))
+    apart = horizon + spec.embargo
     for later in (VALID, TEST) if result is not None else ():
         times = table["time"][result.split_R == TRAIN]
         span = table["time"][result.split_R == later]
         if len(span):
-            assert not ((times + horizon >= span.min()) & (times < span.max())).any()
+            assert ((times + apart < span.min()) | (times > span.max() + apart)).all()
 
 
 def test_the_bits_are_these_on_every_machine():
@@ -185,15 +187,47 @@ def test_strata_keep_their_shares():
 
 
 @given(st.lists(st.integers(-1, 4), min_size=5, max_size=80), st.integers(0, 30), st.integers(0, 30))
-def test_stratified_counts_are_largest_remainders(label, valid, test):
+def test_stratified_counts_are_largest_remainders_that_leave_one_to_train_on(label, valid, test):
     assume(valid + test < len(label) and max(label) >= 0)
     result = assign(columns(len(label), label=label), SplitSpec(by=SplitBy.stratified, valid=valid, test=test))
     counts = np.bincount(result.split_R, minlength=3)
     assert counts[VALID] == valid
     assert counts[TEST] == test
-    for value in set(label):
-        rows = np.array(label) == value
-        assert abs((result.split_R[rows] == TEST).sum() - test * rows.sum() / len(label)) < 1
+    label = np.array(label)
+    trained = set(label[result.split_R == TRAIN].tolist())
+    assert len(trained) == min(len(set(label.tolist())), len(label) - valid - test)
+    if trained == set(label.tolist()) and np.unique(label, return_counts=True)[1].min() * (1 - test / len(label)) >= 2:
+        for value in trained:  # none was held back
+            assert abs(((result.split_R == TEST) & (label == value)).sum() - test * (label == value).mean()) < 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "train"),
+    [
+        ([98, 2], 0.2, [58, 2]),
+        ([40] + [1] * 30, 0.2, [12] + [1] * 30),
+        ([95, 3, 2], 0.3, [38, 1, 1]),
+        ([3] * 9, 0.3, 1),
+    ],
+)
+def test_a_rare_label_is_left_to_train_on(sizes, share, train, caplog):
+    label = np.repeat(np.arange(len(sizes)), sizes)
+    spec = SplitSpec(by=SplitBy.stratified, valid=share, test=share)
+    split_R = assign(columns(len(label), label=label), spec).split_R
+    left = np.bincount(label[split_R == TRAIN], minlength=len(sizes))
+    assert (left == train).all() if isinstance(train, list) else (left >= train).all(), left
+    assert (split_R != TRAIN).sum() == 2 * int(share * len(label) + 0.5)
+    assert not caplog.records
+
+
+def test_labels_without_a_row_to_train_on_are_told_of(caplog):
+    label = np.repeat(np.arange(10), 2)
+    split_R = assign(columns(20, label=label), SplitSpec(by=SplitBy.stratified, valid=6, test=6)).split_R
+    assert len(set(label[split_R == TRAIN])) == 8
+    assert "got 6 and 6 of 20 entities, which leave 2 of 10 labels nothing to train on" in caplog.text
+    caplog.clear()
+    assign(columns(20), SplitSpec(valid=6, test=6))
+    assert not caplog.records
 
 
 def test_a_group_is_of_its_most_frequent_label():
@@ -237,11 +271,34 @@ def test_by_time_purges_before_a_test_of_the_source_and_leaves_the_sources_rows(
     assert result.split_R.tolist() == [0, 0, 255, 1, 2, 2]  # the window of row 3 is the audit's to find
 
 
-def test_rows_after_a_test_of_the_source_reach_into_nothing():
-    table = columns(6, time=np.arange(6), split=[TEST, TEST, 255, 255, 255, 255])
+def test_horizon_and_embargo_hold_after_a_test_of_the_source_too():
+    # The label windows of the test reach the rows after it: what these hold is known when the test is decided.
+    table = columns(9, time=np.arange(9), split=[TEST, TEST] + [NO_SPLIT] * 7)
     result = assign(table, SplitSpec(by=SplitBy.time, valid=1, horizon=1, embargo=1))
-    assert result.split_R.tolist() == [2, 2, 0, 255, 255, 1]
-    assert result.dropped == {"purged": 1, "embargo": 1}
+    assert result.split_R.tolist() == [2, 2, 255, 255, 0, 0, 255, 255, 1]
+    assert result.dropped == {"purged": 2, "embargo": 2}
+
+
+def test_no_hour_is_kept_by_rounding():
+    hours = np.arange(5000)
+    time = (1_704_067_200_000_000 + 3_600_000_000 * hours) / 86_400e6  # as days since 1970, from microseconds
+    test = np.arange(300, 4700, 11)
+    for horizon in (1, 2, 3, 5, 6, 7, 8, 24, 36):
+        for row in test:
+            near = time[[row - horizon - 1, row - horizon, row + horizon, row + horizon + 1]]
+            found = window_reaches(near, horizon / 24, time[row : row + 1])
+            assert found.tolist() == [False, True, True, False]
+    table = columns(1000, time=time[:1000])
+    for start in range(100):
+        table["time"] = time[start : start + 1000]
+        split_R = assign(table, SplitSpec(by=SplitBy.time, test=0.2, horizon=2 / 24, embargo=3 / 24)).split_R
+        assert np.flatnonzero(split_R == TRAIN).max() == 794
+
+
+def test_no_horizon_is_endless_or_lost():
+    time = np.array([0.0, 1.0, np.nan])
+    assert window_reaches(time, np.inf, np.array([5.0])).tolist() == [True, True, False]
+    assert window_reaches(time, 9.0, np.array([np.nan])).tolist() == [False] * 3
 
 
 def time_series_split(
@@ -340,3 +397,14 @@ def test_what_cannot_be_split_is_said(table, spec, words):
 def test_walking_forward_is_refused_beside_a_test_of_the_source():
     with pytest.raises(ConfigError, match="walk_forward"):
         assign(columns(9, time=range(9), split=[255] * 8 + [2]), SplitSpec(by=SplitBy.walk_forward, folds=2))
+
+
+@pytest.mark.parametrize("by", [SplitBy.entity, SplitBy.stratified])
+def test_a_horizon_without_anything_to_keep_it_from_is_refused(by):
+    label, spec = np.arange(9) % 2, SplitSpec(by=by, test=2, horizon=3)
+    with pytest.raises(ConfigError, match=rf"split.horizon: got 3, expected 0 where rows go by {by.value}") as error:
+        assign(columns(9, time=range(9), label=label), spec)
+    assert "split.by=time" in error.value.hint
+    assign(columns(9, time=range(9), label=label, split=[255] * 8 + [TEST]), spec)  # the audit compares the source's
+    with pytest.raises(ConfigError, match=rf"split.embargo: got 2, expected 0 beside split.by={by.value}"):
+        SplitSpec(by=by, embargo=2)

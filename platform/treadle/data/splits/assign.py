@@ -8,6 +8,7 @@ Shape letters: R rows, G groups, S strata.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ Times = NDArray[np.float64]
 
 TRAIN, VALID, TEST = range(3)
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Assigned:
@@ -48,10 +51,13 @@ def assign(columns: Mapping[str, NDArray[Any]], spec: SplitSpec) -> Assigned:
     """The split of each row; the same for a row wherever it stands, and on every machine.
 
     By entity and stratified, the rows of a group stay together, also with rows that the source puts into valid or
-    test; groups are ordered by a hash of (group, seed). By time, rows of one time stay together, so that a split may
-    hold a few rows more than asked. A row is dropped, as "purged", if its label window (time, time + horizon] reaches
-    the first time of a later split, and as "embargo" if the window and the embargo do. Valid is taken from what the
-    purge before the test leaves.
+    test; groups are ordered by a hash of (group, seed). Stratified, each label keeps a group to train on, and is rarer
+    in valid and test for it, unless these ask for more than all other groups: then a warning says how many do not.
+
+    By time, rows of one time stay together, so that a split may hold a few rows more than asked. A row is dropped, as
+    "purged", if it is within the horizon of a later split: its label window (time, time + horizon] reaches the split's
+    first time, or windows of the split, where the source puts it before the row, reach the row. It is dropped as
+    "embargo" if it is within horizon and embargo. Valid is taken from what the purge around the test leaves.
 
     Source: walking forward follows scikit-learn's TimeSeriesSplit(n_splits, max_train_size, test_size), whose training
     rows are ours of train and valid together (tests/unit/data/test_splits.py).
@@ -60,7 +66,8 @@ def assign(columns: Mapping[str, NDArray[Any]], spec: SplitSpec) -> Assigned:
         columns: split (what the source says: place in SPLITS, or NO_SPLIT), group, label, time of a manifest.
 
     Raises:
-        ConfigError: stratified without a label per row, or walking forward where the source says what the test is.
+        ConfigError: stratified without a label per row, walking forward where the source says what the test is, or a
+            horizon where neither time nor the source parts the rows.
         DataError: rows without a time where it is needed, nothing left to train on, or a split without rows.
 
     Cost: a sort; about 0.3 s per million rows.
@@ -76,10 +83,17 @@ def is_timed(spec: SplitSpec) -> bool:
 
 
 def window_reaches(time_R: Times, horizon: float, later_R: Times) -> NDArray[np.bool_]:
-    """Whether a label window (time, time + horizon] holds any of the span of time of a later split; NaN: no."""
+    """Whether a row is nearer than `horizon`, or exactly as near, to the span of time of a later split; NaN: no.
+
+    Before the span the row's own label window (time, time + horizon] reaches into it, after it the windows of the
+    later split reach the row. A few units in the last place count as none: 5 hours are 5 / 24 of a day, and hourly
+    times that are kept as days since 1970 would be 5 hours apart or a little more.
+    """
     if not len(later_R) or np.isnan(later_R).all():
         return np.zeros(len(time_R), bool)
-    return (time_R + horizon >= np.nanmin(later_R)) & (time_R < np.nanmax(later_R))
+    first, last = float(np.nanmin(later_R)), float(np.nanmax(later_R))
+    slack = 4 * np.finfo(np.float64).eps * max(abs(first), abs(last), horizon)
+    return (time_R >= first - horizon - slack) & (time_R <= last + horizon + slack)
 
 
 def _check(split_R: Places, spec: SplitSpec, dropped: Mapping[str, int]) -> None:
@@ -128,6 +142,11 @@ class _Places:
 
 def _by_group(columns: Mapping[str, NDArray[Any]], spec: SplitSpec) -> _Places:
     result = _Places(columns["split"])
+    if spec.horizon and not result.held_R.any():
+        raise ConfigError(
+            f"split.horizon: got {spec.horizon:g}, expected 0 where rows go by {spec.by.value} and not by time",
+            hint="split.by=time drops rows whose target reaches into a later split",
+        )
     groups_G, group_R = np.unique(columns["group"].astype(np.uint64, copy=False), return_inverse=True)
     split_G = np.zeros(len(groups_G), np.uint8)
     np.maximum.at(split_G, group_R[result.held_R], result.places[result.held_R])
@@ -167,13 +186,26 @@ def _take(split_G: Places, free: Ints, strata_G: Ints | None, given: Mapping[int
         left = np.flatnonzero(split_G[free] == TRAIN)
         quota_S = _quotas(np.bincount(stratum_G[left]), count)
         split_G[free[left[_rank_within(stratum_G[left]) < quota_S[stratum_G[left]]]]] = place
+    untrained = np.setdiff1d(stratum_G, stratum_G[split_G[free] == TRAIN])
+    if len(untrained):
+        _logger.warning(
+            "split.valid, split.test: got %d and %d of %d entities, which leave %d of %d labels nothing to train on",
+            *(counts[VALID], counts[TEST], len(free), len(untrained), stratum_G.max() + 1),
+        )
 
 
 def _quotas(size_S: Ints, count: int) -> Ints:
+    """`count` shared out by size; one of each stratum is left to train on as long as others have more than one."""
+    spare_S = np.maximum(size_S - 1, 0)
+    quota_S = np.minimum(_shared(size_S, count), spare_S)
+    for room_S in (spare_S - quota_S, size_S - spare_S):
+        quota_S = quota_S + _shared(room_S, min(count - int(quota_S.sum()), int(room_S.sum())))
+    return quota_S
+
+
+def _shared(size_S: Ints, count: int) -> Ints:
     """`count` shared out by size, largest remainders first (then the larger stratum); none above its size."""
-    size_S = size_S.astype(np.int64)
-    total = max(int(size_S.sum()), 1)
-    quota_S, rest_S = np.divmod(size_S * count, total)
+    quota_S, rest_S = np.divmod(size_S.astype(np.int64) * count, max(int(size_S.sum()), 1))
     order = np.lexsort((np.arange(len(size_S)), -size_S, -rest_S))
     quota_S[order[: count - int(quota_S.sum())]] += 1
     return quota_S
@@ -270,7 +302,7 @@ def _walk(result: _Places, time_R: Times, spec: SplitSpec) -> None:
 
 
 def _purge(result: _Places, time_R: Times, spec: SplitSpec) -> None:
-    """Drop rows whose label window, or embargo, reaches a later split, before they are trained on or become valid."""
+    """Drop rows within horizon and embargo of a later split, before they are trained on or become valid."""
     for later in (TEST, VALID):
         later_R = time_R[result.places == later]
         rows = np.flatnonzero(result.places == TRAIN)
@@ -279,7 +311,8 @@ def _purge(result: _Places, time_R: Times, spec: SplitSpec) -> None:
             result.drop(rows[reaches], "purged")
             rows = rows[~reaches]
         if spec.embargo:
-            result.drop(rows[window_reaches(time_R[rows] + spec.horizon, spec.embargo, later_R)], "embargo")
+            reaches = window_reaches(time_R[rows], spec.horizon + spec.embargo, later_R)
+            result.drop(rows[reaches], "embargo")
 
 
 def _part_groups(result: _Places, group_R: NDArray[Any]) -> None:

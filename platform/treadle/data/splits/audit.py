@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from treadle.data.draft import SPLITS
 from treadle.data.manifest import NO_SPLIT, Finding, Manifest, Preprocessing
 from treadle.data.splits.assign import is_timed, window_reaches
-from treadle.data.splits.features import telling_features
+from treadle.data.splits.features import Telling, telling_features
 from treadle.data.splits.fit import RowSource
 from treadle.spec import DataSpec, Leak, SplitSpec
 
@@ -47,11 +47,12 @@ def audit(
     """What leaks, at most one finding of each kind.
 
     - entity: an entity or group in two splits; of splits by time only if `split.disjoint` asks for it.
-    - window: a row's label window (time, time + horizon] reaches into a later split, by time or given by the source.
+    - window: a row's label window (time, time + horizon] reaches into a later split, by time or given by the source, or
+      the windows of the later split reach the row.
     - content: equal rows in two splits.
     - future: a row holds a frame later than the time when it is asked about.
     - statistics: scales or symbols that are not those of the training rows.
-    - feature: one feature alone tells a label from all others (data/features.py).
+    - feature: one feature alone tells a label from all others (features.py).
 
     Args:
         rows: before the split: its column `split` is what the source says.
@@ -59,7 +60,7 @@ def audit(
         data: of the job; its `allow_leaks` says which findings are accepted. split: of the job.
         fitted: what the training rows say, where `preprocessing` was not fitted on them just now.
 
-    Cost: 1 s per million rows, and up to four seconds for features; reads a sample of the training rows.
+    Cost: 1 s per million rows, and up to five seconds for features; reads a sample of the training rows.
     """
     details = {
         Leak.entity: _entity(rows, split_R, reader, split),
@@ -141,12 +142,11 @@ def _window(rows: Manifest, split_R: NDArray[np.uint8], reader: RowSource, split
         return ""
     names = _entities([row for row, _ in first], reader)
     shown = (
-        f"{name} in {SPLITS[split_R[row]]} at {time_R[row]:.15g} into {SPLITS[later]}"
+        f"{name} in {SPLITS[split_R[row]]} at {time_R[row]:.15g} and {SPLITS[later]}"
         for name, (row, later) in zip(names, first, strict=True)
     )
     return (
-        f"{reaching} label windows of {split.horizon:g} after the time of a row reach into a later split: "
-        f"{_listed(shown, reaching)}"
+        f"{reaching} rows are within a label window of {split.horizon:g} of a later split: {_listed(shown, reaching)}"
     )
 
 
@@ -198,8 +198,12 @@ def _feature(rows: Manifest, split_R: NDArray[np.uint8], preprocessing: Preproce
     if not found:
         return ""
     what = "rows" if (rows.columns["label"] >= 0).any() else "frames"
-    shown = _listed([f"{one.feature} tells {one.label!r} (AUC {one.auc:.4f})" for one in found[:_SHOWN]], len(found))
+    shown = _listed([f"{one.feature} tells {_label(one)} (AUC {one.auc:.4f})" for one in found[:_SHOWN]], len(found))
     return (
         f"{len(found)} of the features each tell a label from all others, with an AUC above {MOST_AUC} on "
         f"{found[0].sample} {what}: {shown}"
     )
+
+
+def _label(one: Telling) -> str:
+    return "every label" if one.label is None else repr(one.label)
