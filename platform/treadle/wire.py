@@ -112,7 +112,7 @@ def decode(cls: type[T], value: Any, *, where: str = "record") -> T:
         return typing.cast("T", _decode(cls, value, where))
     except ConfigError as error:  # a class refused a value that it would not have written
         raise IntegrityError(f"{where}: {error.message}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise IntegrityError(f"{where}: not a {cls.__name__} ({error})") from None
 
 

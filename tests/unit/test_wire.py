@@ -192,6 +192,8 @@ def test_every_variant_is_tried_here():
         (lambda v: v["batch"].update(max_slots=512), r"batch\.max_slots: got int, expected str"),
         (lambda v: v["batch"].update(slots=512), r"unknown fields \['slots'\] for BatchSpec"),
         (lambda v: v["split"].update(fold=9), r"split\.fold: got 9, expected below"),
+        (lambda v: v["split"].update(valid="Infinity"), r"not a JobSpec \(cannot convert float infinity"),
+        (lambda v: v["optim"].update(lr=10**400), r"not a JobSpec \(int too large"),
         (lambda v: v["data"].update(name="../x"), r"data\.name: got '\.\./x'"),
         (
             lambda v: v["precision"].update(mode="fp8"),

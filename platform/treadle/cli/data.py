@@ -132,7 +132,7 @@ def explain(
         assert job is not None
         found, head, counts = _explain_job(job, overrides, ranks, flags)
     if picture is not None:
-        _write(picture, explain_picture(found, head=head))
+        _write(picture, explain_picture(found, head=head, counts=counts))
     width, ascii_only = page()
     body = {"data": head, **wire.encode(found)} | ({"picture": str(picture.resolve())} if picture else {})
     answer(as_json, body, lambda: explain_text(found, head=head, counts=counts, width=width, ascii_only=ascii_only))

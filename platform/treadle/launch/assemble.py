@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from treadle import wire
@@ -35,9 +37,12 @@ from treadle.train import (
     unpack,
 )
 from treadle.train.budget import FoundBudget, Learner, find_budget, memory_limit
+from treadle.train.rehearse import rehearse
 from treadle.train.task import class_weights
 
 __all__ = ["Surroundings", "assemble", "budget_key"]
+
+Ints = NDArray[np.int64]
 
 _BUDGET = ("budget", 1)
 
@@ -73,7 +78,7 @@ def assemble(around: Surroundings) -> tuple[Run, Manifest, RowReader]:
     Raises:
         ConfigError: the checkpoint's batches are not those of this job. InternalError: the ranks' batches differ.
         IntegrityError: a damaged checkpoint or data set. TransientError: the ranks read different checkpoints.
-        InfeasibleError: no budget fits.
+        InfeasibleError: no budget fits, or the largest microbatch does not.
     """
     spec, plan, world, track = around.spec, around.plan, around.world, around.track
     manifest = load_manifest(around.blobs, spec.data.name, plan.data_digest)
@@ -90,18 +95,21 @@ def assemble(around: Surroundings) -> tuple[Run, Manifest, RowReader]:
 
     planned = replace(spec, batch=with_slots(spec.batch, plan.max_slots))
     precision = _precision(around, network, task, feed_of(planned), state)
+    learner = Learner(
+        network=network,
+        optimizer=optimizer,
+        task=task,
+        precision=precision,
+        device=world.device,
+        read=lambda rows: reader.batch(rows, form=form),
+    )
     if spec.batch.is_auto:
-        learner = Learner(
-            network=network,
-            optimizer=optimizer,
-            task=task,
-            precision=precision,
-            device=world.device,
-            read=lambda rows: reader.batch(rows, form=form),
-        )
         planned = replace(spec, batch=with_slots(spec.batch, _budget(around, learner, manifest)))
     feed = feed_of(planned)
     _check_batches(around, feed)
+    if world.device.type == "cuda":  # a host swaps where a device stops, and its updates are slow
+        rows, _, targets = _trained(around, manifest)
+        rehearse(learner, feed.plan(0), rows, targets)
     inputs = _inputs(planned, plan, manifest)
     state = TrainState(precision=precision.name) if state is None else state
     state.check(inputs)
@@ -200,11 +208,9 @@ def _recorded(around: Surroundings, find: Callable[[], FoundBudget]) -> FoundBud
 
 def _found(around: Surroundings, learner: Learner, manifest: Manifest) -> FoundBudget:
     spec, plan, world = around.spec, around.plan, around.world
-    card = manifest.card(plan.data_digest).splits["train"]
-    rows = trainable_rows(card, spec.task)
-    lengths, targets = card.lengths_N[rows], card.targets_N[rows]
+    rows, lengths, targets = _trained(around, manifest)
 
-    def predict(num_rows: int, steps: int) -> int:
+    def predict(num_rows: int, steps: int, frames: int | None) -> int:
         return training_bytes(
             spec.model,
             spec.task,
@@ -212,6 +218,7 @@ def _found(around: Surroundings, learner: Learner, manifest: Manifest) -> FoundB
             spec.optim,
             rows=num_rows,
             time_steps=steps,
+            frames=frames,
             labels=longest_target(lengths, targets, steps),
             world=world.size,
         )
@@ -219,13 +226,20 @@ def _found(around: Surroundings, learner: Learner, manifest: Manifest) -> FoundB
     return find_budget(
         learner,
         spec.batch,
-        manifest.rows_of("train")[rows],
+        rows,
         lengths,
         targets,
         lanes=plan.lanes,
         limit_bytes=memory_limit(world.device, world.size),
         predict=predict,
     )
+
+
+def _trained(around: Surroundings, manifest: Manifest) -> tuple[Ints, Ints, Ints]:
+    """Training rows by number in the data set, their frames, and their targets."""
+    card = manifest.card(around.plan.data_digest).splits["train"]
+    rows = trainable_rows(card, around.spec.task)
+    return manifest.rows_of("train")[rows], card.lengths_N[rows], card.targets_N[rows]
 
 
 def _check_batches(around: Surroundings, feed: Feed) -> None:

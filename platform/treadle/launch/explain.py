@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.errors import ConfigError, DataError
+from treadle.plan import Capacity, DataCard, Plan, make_plan, trainable_rows, with_slots
 from treadle.plan.batches import EpochPlan, plan_epoch
 from treadle.plan.explain import Explained, explain
-from treadle.plan.job import Capacity, DataCard, Plan, make_plan, trainable_rows, with_slots
 from treadle.plan.repeats import class_repeats
 from treadle.spec import BatchSpec, JobSpec
+from treadle.spec.schema import job_keys
 
 __all__ = ["explain_job", "explain_lengths", "read_lengths"]
 
@@ -38,7 +39,7 @@ def read_lengths(path: Path) -> NDArray[Any]:
         raise ConfigError(f"--lengths: got {str(path)!r} ({error.strerror}), {what}") from None
     except ValueError as error:  # cut off, or objects, which would have to be unpickled
         raise DataError(f"{path}: got no plain array ({str(error).splitlines()[0].rstrip('.')}), {what}") from None
-    if lengths_N.ndim != 1 or not np.issubdtype(lengths_N.dtype, np.integer):
+    if lengths_N.ndim != 1 or lengths_N.dtype.kind not in "iu":  # durations are integers, too, to np.issubdtype
         raise DataError(f"{path}: got {lengths_N.dtype} of shape {lengths_N.shape}, {what}")
     if not len(lengths_N):
         raise DataError(f"{path}: got no rows, {what}")
@@ -55,12 +56,22 @@ def explain_lengths(lengths_N: NDArray[Any], batch: BatchSpec, *, ranks: int, se
     """Epoch 0 of rows with these lengths, on so many ranks with one lane each, or `batch.lanes` among them.
 
     Raises:
-        ConfigError: a row above the limit, or fewer lanes than ranks.
+        ConfigError: a row above the limit, fewer lanes than ranks, or numbers that no job may have.
     """
     lanes = batch.lanes or ranks
+    _check_flags({"--ranks": ranks, "--lanes": lanes, "--seed": seed})
     if lanes < ranks:
         raise ConfigError(f"--lanes: got {lanes}, expected at least --ranks = {ranks}")
     return _timed(lengths_N, batch, lanes=lanes, ranks=ranks, seed=seed)[1]
+
+
+def _check_flags(given: dict[str, int]) -> None:
+    """Nothing, where a job may have each of the numbers at the key that the flag stands for."""
+    keys = {"--ranks": "cluster.workers", "--lanes": "batch.lanes", "--seed": "train.seed"}
+    for flag, value in given.items():
+        key = job_keys()[keys[flag]]
+        if not key.accepts(value):
+            raise ConfigError(f"{flag}: got {value}, expected {key.range}")
 
 
 def explain_job(
@@ -69,15 +80,17 @@ def explain_job(
     """The plan of a job and its epoch 0, as on `ranks` workers where that is given, whether the place has them or not.
 
     Raises:
+        ConfigError: more ranks than a job may have.
         DataError, ConfigError, InfeasibleError: what `make_plan` raises, but for missing devices.
     """
     if ranks is not None:
+        _check_flags({"--ranks": ranks})
         spec = replace(spec, cluster=replace(spec.cluster, workers=ranks))
     wanted = max(1, spec.cluster.workers)
     cpus, gpus = wanted * spec.cluster.cpus_per_worker, wanted * spec.cluster.gpus_per_worker
     capacity = replace(capacity, cpus=max(capacity.cpus, cpus), gpus=max(capacity.gpus, gpus))
     if ranks is not None:  # memory of other machines than this one
-        capacity = replace(capacity, memory_bytes=0)
+        capacity = replace(capacity, memory_bytes=0, node_bytes=0)
     plan = make_plan(spec, card, capacity)
     train = card.splits["train"]
     rows = trainable_rows(train, spec.task)

@@ -86,7 +86,7 @@ def _edges(found: Explained) -> list[int]:
     return sorted({zone.longest for zone in found.zones[:-1]})
 
 
-def explain_picture(found: Explained, *, head: str = "") -> str:
+def explain_picture(found: Explained, *, head: str = "", counts: str = "slots") -> str:
     """The same as an SVG file: rows by length with the edges of the zones, and the padding of each zone."""
     bins = _bins(found)
     bars = [
@@ -114,7 +114,7 @@ def explain_picture(found: Explained, *, head: str = "") -> str:
     padding = bar_chart(
         padded,
         label="Padding by zone of lengths",
-        unit="% of slots",
+        unit=f"% of {counts}",
         x_label="shortest row of the zone, in time steps",
     )
     note = f"{found.entries:,} rows, {format_count(found.frames)} frames; dashed: where zones of like length part"
@@ -122,7 +122,7 @@ def explain_picture(found: Explained, *, head: str = "") -> str:
         Panel(title="Rows by length", note=f"{head}: {note}" if head else note, chart=lengths),
         Panel(
             title=f"Padding by zone: {found.pad:.1%} over all",
-            note=f"{found.limit:,} slots a microbatch, {found.ranks} ranks, {found.updates:,} updates an epoch",
+            note=f"{found.limit:,} {counts} a microbatch, {found.ranks} ranks, {found.updates:,} updates an epoch",
             chart=padding,
         ),
     ]

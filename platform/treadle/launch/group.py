@@ -80,9 +80,7 @@ def _fit(assignment: Assignment, cluster: ClusterSpec, scratch: str, *, is_own_c
             name=f"{assignment.run}-a{assignment.attempt}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
-            worker_runtime_env={
-                "env_vars": {"OMP_NUM_THREADS": str(cluster.cpus_per_worker), "WANDB_ERROR_REPORTING": "false"}
-            },
+            worker_runtime_env={"env_vars": _worker_environment(cluster)},
         ),
     )
     try:
@@ -94,6 +92,16 @@ def _fit(assignment: Assignment, cluster: ClusterSpec, scratch: str, *, is_own_c
     if not isinstance(result.return_value, dict):
         raise InternalError(f"Ray Train: rank 0 gave {type(result.return_value).__name__}, expected its summary")
     return result.return_value
+
+
+def _worker_environment(cluster: ClusterSpec) -> dict[str, str]:
+    """What each rank's process is started with."""
+    found = {"OMP_NUM_THREADS": str(cluster.cpus_per_worker), "WANDB_ERROR_REPORTING": "false"}
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+    if cluster.gpus_per_worker and not any(name in os.environ for name in names):
+        # Microbatches of many shapes leave gaps in the memory of a device that no later one fits into.
+        found["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return found
 
 
 def _run_rank(config: dict[str, Any]) -> dict[str, Any]:

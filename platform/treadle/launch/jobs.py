@@ -48,27 +48,28 @@ class RayCluster:
 
     def capacity(self) -> Capacity:
         """CPUs, GPUs and memory of all nodes that are up, whoever uses them now."""
-        total = self._resources()
+        nodes = self._resources()
         deadline = time.monotonic() + _SETTLE_S
-        while not total.get("CPU") and time.monotonic() < deadline:
+        while not any(node.get("CPU") for node in nodes) and time.monotonic() < deadline:
             time.sleep(0.5)  # a head that has just started answers before it knows its own node
-            total = self._resources()
+            nodes = self._resources()
+
+        def of(name: str) -> list[float]:
+            return [float(node.get(name, 0)) for node in nodes]
+
         return Capacity(
             where=f"the cluster at {self.address}",
-            cpus=int(total.get("CPU", 0)),
-            gpus=int(total.get("GPU", 0)),
-            memory_bytes=int(total.get("memory", 0)),
+            cpus=int(sum(of("CPU"))),
+            gpus=int(sum(of("GPU"))),
+            memory_bytes=int(sum(of("memory"))),
+            node_bytes=int(max(of("memory"), default=0)),
         )
 
-    def _resources(self) -> dict[str, float]:
+    def _resources(self) -> list[dict[str, float]]:
+        """What each node has that is up."""
         nodes = self._get("/nodes?view=summary").get("data", {}).get("summary", [])
-        total: dict[str, float] = {}
-        for node in nodes:
-            raylet = node.get("raylet", {})
-            if raylet.get("state") == "ALIVE":
-                for name, amount in raylet.get("resourcesTotal", {}).items():
-                    total[name] = total.get(name, 0.0) + float(amount)
-        return total
+        raylets = [node.get("raylet", {}) for node in nodes]
+        return [raylet.get("resourcesTotal", {}) for raylet in raylets if raylet.get("state") == "ALIVE"]
 
     def submit(self, store: str, run: str, attempt: int) -> str:
         """Start the driver of a run on the cluster; returns the submission id, which is the same for the same attempt.

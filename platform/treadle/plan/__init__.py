@@ -2,11 +2,13 @@
 
 from treadle.plan.augment import check_augment
 from treadle.plan.batches import EpochPlan, plan_epoch
+from treadle.plan.cards import Capacity, DataCard, SplitCard
 from treadle.plan.explain import Explained, Zone, explain
-from treadle.plan.job import Capacity, DataCard, Plan, SplitCard, make_plan, trainable_rows, with_slots
+from treadle.plan.job import Plan, make_plan, trainable_rows
 from treadle.plan.position import PlanInputs, Position, check_position, plan_inputs
 from treadle.plan.repeats import class_repeats
 from treadle.plan.size import count_parameters
+from treadle.plan.slots import with_slots
 from treadle.plan.streams import StreamPieces, StreamPlan, plan_streams
 
 __all__ = [

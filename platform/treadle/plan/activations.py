@@ -5,13 +5,18 @@ The constants are numbers of fp32 values, read off the operations' saved tensors
 models and shapes by tests/unit/plan/test_size.py and tests/bench/data_memory.py. On CUDA, where cuDNN keeps less for
 the LSTM, they are an upper estimate.
 
-H: hidden units. W: width of a layer's input. E: width of what the first layer reads. A slot is a padded time step of
-cells that read padded rows (rnn, lstm, gru), a frame of those that read packed ones (mingru, minlstm).
+S: microbatches, which are counted at once. H: hidden units. W: width of a layer's input. E: width of what the first
+layer reads. A slot is a padded time step of cells that read padded rows (rnn, lstm, gru), a frame of those that read
+packed ones (mingru, minlstm).
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from treadle.spec import (
     ClassifySpec,
@@ -29,28 +34,30 @@ from treadle.spec import (
     TaskSpec,
 )
 
-__all__ = ["Shape", "activation_peak", "is_packed", "output_width", "state_size"]
+__all__ = ["Shapes", "activation_peaks", "is_packed", "output_width", "state_size"]
+
+Values = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Of a microbatch.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shapes:
+    """Of microbatches.
 
     Args:
-        rows: sequences. steps: time steps that each is padded to. frames: real time steps of all.
-        labels: of the longest target, for ctc.
-        is_full: whether there is no padding: nothing is packed, padded or zeroed then.
+        rows_S: sequences. steps_S: time steps that each is padded to. frames_S: real time steps of all.
+        labels_S: of the longest target, for ctc.
+        is_full_S: whether there is no padding: nothing is packed, padded or zeroed then.
     """
 
-    rows: int
-    steps: int
-    frames: int
-    labels: int
-    is_full: bool
+    rows_S: Values
+    steps_S: Values
+    frames_S: Values
+    labels_S: Values
+    is_full_S: NDArray[np.bool_]
 
-    @property
-    def slots(self) -> int:
-        return self.rows * self.steps
+    @functools.cached_property
+    def slots_S(self) -> Values:
+        return self.rows_S * self.steps_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,60 +106,63 @@ def state_size(model: ModelSpec) -> int:
     return round(model.hidden_size * model.expansion) if isinstance(model, MinSpec) else model.hidden_size
 
 
-def activation_peak(
-    model: ModelSpec, task: TaskSpec, signature: Signature, shape: Shape, gradients: tuple[int, ...]
-) -> float:
-    """The most values alive beside weights and moments: activations, what passes, and gradients made so far.
+def activation_peaks(
+    model: ModelSpec, task: TaskSpec, signature: Signature, shapes: Shapes, gradients: tuple[int, ...]
+) -> Values:
+    """The most values alive beside weights and moments: activations, what passes, and gradients made so far; [S].
 
     Args:
         gradients: values of the gradients of the input, of each layer, and of the head, which are made from the last
             to the first.
     """
     cell, tokens = _CELLS[type(model)], signature.input_kind is InputKind.tokens
-    slots = shape.frames if cell.packed else shape.slots
+    slots_S = shapes.frames_S if cell.packed else shapes.slots_S
     # Of what the first layer reads: one copy for the backward pass, the others until the forward pass is through.
-    kept, copies = _input(model, signature, shape, slots)
+    kept_S, copies_S = _input(model, signature, shapes, slots_S)
     width = model.embedding_size if tokens else signature.input_size
-    at_input = kept + width * slots
-    peak, backward = 0.0, list[float]()
+    at_input_S = kept_S + width * slots_S
+    peak_S, backward = np.zeros_like(slots_S), list[Values]()
     for layer in range(1, model.num_layers + 1):
         own, ahead, back = _layer(model, cell, width, first=layer == 1)
-        kept += own * slots + _states(model, cell, width) * shape.rows
-        peak = max(peak, kept + copies + ahead * slots)
-        backward.append(kept + back * slots + (2 * state_size(model) * shape.rows if cell.packed else 0))
+        kept_S = kept_S + own * slots_S + _states(model, cell, width) * shapes.rows_S
+        peak_S = np.maximum(peak_S, kept_S + copies_S + ahead * slots_S)
+        states = 2 * state_size(model) if cell.packed else 0
+        backward.append(kept_S + back * slots_S + states * shapes.rows_S)
         width = output_width(model)
         around, passing = _around(model, cell, width, layer=layer)
-        kept += around * slots
+        kept_S = kept_S + around * slots_S
         weights = model.mlp_factor * width**2  # of a feed-forward layer's matrix while its gradient is made
-        peak = max(peak, kept + copies + width * slots, kept + passing * slots + weights)
-    head, passing = _head(model, task, signature, shape)
-    peak = max(peak, kept + head + passing)
+        after_S = np.maximum(copies_S + width * slots_S, passing * slots_S + weights)
+        peak_S = np.maximum(peak_S, kept_S + after_S)
+    head_S, passing_S = _head(model, task, signature, shapes)
+    peak_S = np.maximum(peak_S, kept_S + head_S + passing_S)
     made = gradients[-1]
     for layer in range(model.num_layers, 0, -1):
-        peak = max(peak, backward[layer - 1] + made + _in_work(model, cell, gradients[layer], slots))
+        in_work_S = _in_work(model, cell, gradients[layer], slots_S)
+        peak_S = np.maximum(peak_S, backward[layer - 1] + made + in_work_S)
         made += gradients[layer]
-    return max(peak, at_input + sum(gradients))
+    return np.maximum(peak_S, at_input_S + sum(gradients))
 
 
-def _in_work(model: ModelSpec, cell: _Cell, gradient: float, slots: int) -> float:
+def _in_work(model: ModelSpec, cell: _Cell, gradient: float, slots_S: Values) -> Values | float:
     """Values of a layer's gradient while it is made."""
     if cell.weights:
         return cell.weights * model.hidden_size**2
     own = gradient / (2 if model.bidirectional else 1)
     # A packed cell's weights come after its scan, when a gradient of the size of the state is gone again.
-    return max(0.0, own - state_size(model) * slots) if cell.packed else own
+    return np.maximum(0.0, own - state_size(model) * slots_S) if cell.packed else own
 
 
-def _input(model: ModelSpec, signature: Signature, shape: Shape, slots: int) -> tuple[float, float]:
+def _input(model: ModelSpec, signature: Signature, shapes: Shapes, slots_S: Values) -> tuple[Values, Values]:
     """Values of the input that are kept, and of its further copies."""
     cell, tokens = _CELLS[type(model)], signature.input_kind is InputKind.tokens
     width = model.embedding_size if tokens else signature.input_size
     kept = width * (1 if tokens and model.dropout else 0)
     if cell.packed:
-        return slots * (kept + (width if tokens else 0)), 0.0
-    copies = (1 if tokens else 0) if shape.is_full else 3
-    places = 0 if shape.is_full else 4  # where frames stand among slots, 8 bytes each
-    return slots * (kept + width + (2 if tokens else 0)), slots * (width * copies + places)
+        return slots_S * (kept + (width if tokens else 0)), np.zeros_like(slots_S)
+    copies_S = np.where(shapes.is_full_S, 1 if tokens else 0, 3)
+    places_S = np.where(shapes.is_full_S, 0, 4)  # where frames stand among slots, 8 bytes each
+    return slots_S * (kept + width + (2 if tokens else 0)), slots_S * (width * copies_S + places_S)
 
 
 def _layer(model: ModelSpec, cell: _Cell, width: int, *, first: bool) -> tuple[float, float, float]:
@@ -207,13 +217,13 @@ def _workspace(model: ModelSpec, width: int) -> float:
 _POOLING = {Pooling.mean: 1.0, Pooling.last: 1.0, Pooling.max: 3.0, Pooling.attention: 3.7}
 
 
-def _head(model: ModelSpec, task: TaskSpec, signature: Signature, shape: Shape) -> tuple[float, float]:
+def _head(model: ModelSpec, task: TaskSpec, signature: Signature, shapes: Shapes) -> tuple[Values, Values]:
     """Values of the head and the loss: of its input laid out anew, and what they take at their peak."""
     width = output_width(model)
     # oneDNN gives time steps first; torch's other kernels a layout that is kept anyway.
-    copied = shape.slots * width if isinstance(model, LstmSpec) and not model.bidirectional else 0
+    copied_S = shapes.slots_S * (width if isinstance(model, LstmSpec) and not model.bidirectional else 0)
     if isinstance(task, CtcSpec):
-        classes, frames = signature.num_labels + 1, shape.slots * task.frames_per_step
-        return float(copied), float(frames * max(3 * classes, 2 * classes + 2 * shape.labels + 1))
+        classes, frames_S = signature.num_labels + 1, shapes.slots_S * task.frames_per_step
+        return copied_S, frames_S * np.maximum(3 * classes, 2 * classes + 2 * shapes.labels_S + 1)
     assert isinstance(task, ClassifySpec)
-    return float(copied), _POOLING[task.pooling] * shape.frames * width
+    return copied_S, _POOLING[task.pooling] * width * shapes.frames_S

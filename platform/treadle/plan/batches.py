@@ -28,6 +28,11 @@ __all__ = ["EpochPlan", "plan_epoch"]
 
 Ints = NDArray[np.int64]
 
+_MOST_SLOTS = 1 << 40
+"""Above it sums of 64 bits could overflow; no device has as many."""
+_MOST = 1 << 32
+"""Rows, and frames of a row, are fewer: they are kept in 32 bits."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EpochPlan:
@@ -178,12 +183,25 @@ class EpochPlan:
         return self.steps_GL * self.rows_GL if self.limit.counts_slots else self.frames_GL
 
     @cached_property
+    def microbatch_steps_GL(self) -> Ints:
+        """Padded time steps of each lane's largest microbatch: fewer than `steps_GL` where rows are in pieces."""
+        pieces = np.ones((self.num_rounds, 1), np.int64)
+        pieces[: len(self.pieces_G), 0] = self.pieces_G
+        return self.limit.padded(-(-self.longest_GL // pieces))
+
+    @cached_property
     def microbatch_GL(self) -> Ints:
         """What the budget counts of each lane's largest microbatch: less than `slots_GL` where rows are in pieces."""
-        num, found_GL = len(self.pieces_G), self.slots_GL.copy()
-        pieces = self.pieces_G.astype(np.int64)[:, None]
-        found_GL[:num] = self.limit.padded(-(-self.longest_GL[:num] // pieces))
+        if self.limit.counts_slots:
+            return self.padded_GL
+        num, found_GL = len(self.pieces_G), self.frames_GL.copy()
+        found_GL[:num] = self.microbatch_steps_GL[:num]
         return found_GL
+
+    @cached_property
+    def padded_GL(self) -> Ints:
+        """Rows x padded time steps of each lane's largest microbatch, whatever the budget counts."""
+        return self.rows_GL * self.microbatch_steps_GL
 
     def most_GL(self, values_N: NDArray[Any]) -> Ints:
         """The largest of any value of rows, such as a number of targets, in each lane; 0 without rows."""
@@ -224,12 +242,14 @@ def plan_epoch(
         repeats_N: how often each row is to stand in the epoch, on average; once where not given.
 
     Raises:
-        ConfigError: no rows, or one row alone is above the limit and `long_rows` is refuse. DataError: an empty row.
+        ConfigError: no rows, a limit out of range, or one row alone is above it and `long_rows` is refuse.
+        DataError: an empty row, or one of 2**32 frames or more.
 
     Cost: about 0.1 s per million rows on one core; 12 bytes a row while planning.
     """
     lengths = np.asarray(lengths_N)
-    limit = Limit(slots=batch.slots, kind=batch.budget, max_rows=batch.max_rows, multiple_of=batch.multiple_of)
+    max_rows = min(batch.max_rows, _MOST)
+    limit = Limit(slots=batch.slots, kind=batch.budget, max_rows=max_rows, multiple_of=batch.multiple_of)
     _check_lengths(lengths, batch, limit)
     lengths = lengths.astype(np.uint32, copy=False)
     entries = None if repeats_N is None else draw_entries(repeats_N, seed=seed, epoch=epoch)
@@ -259,8 +279,12 @@ def plan_epoch(
 def _check_lengths(lengths_N: NDArray[Any], batch: BatchSpec, limit: Limit) -> None:
     if not len(lengths_N):
         raise ConfigError("data: got no training rows, expected at least one")
-    if len(lengths_N) >= 1 << 32:
-        raise ConfigError(f"data: got {len(lengths_N):,} rows, expected fewer than {1 << 32:,}")
+    if len(lengths_N) >= _MOST:
+        raise ConfigError(f"data: got {len(lengths_N):,} rows, expected fewer than {_MOST:,}")
+    if limit.slots > _MOST_SLOTS:
+        raise ConfigError(
+            f"batch.max_slots: got {limit.slots:,}, expected at most {_MOST_SLOTS:,}", hint="batch.max_slots=4096"
+        )
     if limit.longest < 1:
         raise ConfigError(
             f"batch.multiple_of: got {limit.multiple_of}, expected at most batch.max_slots = {limit.slots}"
@@ -268,6 +292,8 @@ def _check_lengths(lengths_N: NDArray[Any], batch: BatchSpec, limit: Limit) -> N
     if (shortest := int(lengths_N.min())) < 1:
         raise DataError(f"row {int(lengths_N.argmin())}: got {shortest} frames, expected at least 1")
     longest = int(lengths_N.max())
+    if longest >= _MOST:
+        raise DataError(f"row {int(lengths_N.argmax())}: got {longest:,} frames, expected fewer than {_MOST:,}")
     if longest > limit.longest and batch.long_rows is LongRows.refuse:
         row, needed = int(lengths_N.argmax()), limit.padded(longest)
         padded = f", padded to {needed}" if needed != longest else ""

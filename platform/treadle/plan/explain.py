@@ -97,7 +97,7 @@ def explain(plan: EpochPlan, *, ranks: int, plan_s: float = 0.0) -> Explained:
     """
     slots_GW, steps_GW = (_by_rank(table_GL, ranks) for table_GL in (plan.slots_GL, plan.steps_GL))
     rows = plan.rows_GL[plan.rows_GL > 0]
-    by_length = np.bincount(plan.lengths_N[plan.order_E])
+    by_length = _Counted.of(plan.lengths_N[plan.order_E])
     edges, counts = _histogram(by_length)
     return Explained(
         ranks=ranks,
@@ -151,19 +151,31 @@ def _num_shapes(plan: EpochPlan) -> int:
     return len(np.unique(np.concatenate([shapes, *((1 << 32) | end for end in ends)])))
 
 
-def _quantiles(by_length: Ints) -> tuple[int, ...]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Counted:
+    """Lengths, ascending, and how many entries have up to each."""
+
+    lengths: Ints
+    up_to: Ints
+
+    @classmethod
+    def of(cls, lengths_E: NDArray[np.uint32]) -> _Counted:
+        lengths, counts = np.unique(lengths_E, return_counts=True)
+        return cls(lengths=lengths.astype(np.int64), up_to=np.cumsum(counts, dtype=np.int64))
+
+
+def _quantiles(found: _Counted) -> tuple[int, ...]:
     """Lengths that so many % of the entries do not exceed."""
-    up_to = np.cumsum(by_length, dtype=np.int64)
-    wanted = [max(1, -(-int(up_to[-1]) * share // 100)) for share in _QUANTILES]
-    return tuple(int(np.searchsorted(up_to, entries)) for entries in wanted)
+    wanted = [max(1, -(-int(found.up_to[-1]) * share // 100)) for share in _QUANTILES]
+    return tuple(found.lengths[np.searchsorted(found.up_to, wanted)].tolist())
 
 
-def _histogram(by_length: Ints) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _histogram(found: _Counted) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Bins that grow by one ratio, as lengths often do."""
-    first, last = int(by_length.nonzero()[0][0]), len(by_length) - 1
+    first, last = int(found.lengths[0]), int(found.lengths[-1])
     edges = np.unique(np.round(np.geomspace(first, last + 1, _BINS + 1)).astype(np.int64))
-    counts = np.add.reduceat(by_length, edges[:-1])
-    return tuple(edges.tolist()), tuple(counts.tolist())
+    below = np.append(0, found.up_to)[np.searchsorted(found.lengths, edges)]
+    return tuple(edges.tolist()), tuple(np.diff(below).tolist())
 
 
 def _zones(plan: EpochPlan) -> tuple[Zone, ...]:

@@ -6,98 +6,42 @@ and carried out as printed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treadle.errors import ConfigError, DataError, InfeasibleError
 from treadle.plan.augment import check_augment
-from treadle.plan.batches import EpochPlan, plan_epoch
+from treadle.plan.cards import Capacity, DataCard, SplitCard
 from treadle.plan.explain import Explained, explain
-from treadle.plan.repeats import class_repeats
-from treadle.plan.size import count_parameters, longest_target, training_bytes
+from treadle.plan.size import count_parameters
+from treadle.plan.slots import FEW_ROUNDS, check_memory, fitting_epoch, pads
 from treadle.spec import (
-    BatchSpec,
     Budget,
     ClassifySpec,
     ClassWeights,
     CtcSpec,
     JobSpec,
-    LongRows,
+    MinSpec,
     Pooling,
     Signature,
     TargetKind,
     TargetPer,
     TaskSpec,
 )
-from treadle.units import format_bytes
 
-__all__ = ["Capacity", "DataCard", "Plan", "SplitCard", "make_plan", "trainable_rows", "with_slots"]
+__all__ = ["Plan", "make_plan", "trainable_rows"]
 
-FEW_ROUNDS = 80
-"""Fewer rounds an epoch than this pad visibly: padding is about .8 noise + 2.5 / rounds. With 8 lanes and lengths of a
-long tail it is 38 % at 4 rounds, 22 % at 9, 12 % at 23 and 7 % at 65 (tests/bench/batching.py). None is refused: an
-epoch of few rounds is a short one."""
 EXTRA_PAD = 0.05
 POOR_BALANCE = 0.95
-LEAST_SLOTS, MOST_SLOTS = 256, 1 << 20
-USUAL_SLOTS = 4096
-"""Where the memory is not known."""
+MANY_PADDED = 2
+"""Times the budget of frames that rows x padded time steps may be before it is said."""
 
 _TARGETS: dict[type[TaskSpec], tuple[TargetKind, TargetPer]] = {
     CtcSpec: (TargetKind.labels, TargetPer.sequence),
     ClassifySpec: (TargetKind.labels, TargetPer.row),
 }
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SplitCard:
-    """The rows of one split, as far as planning needs them.
-
-    Args:
-        lengths_N: time steps per row.
-        targets_N: targets per row.
-        label_frames_N: label frames that a CTC alignment of each row needs: labels plus repeats.
-        labels_N: the label of each row where there is one per row, else -1.
-        weights_N: what each row counts in the loss.
-        num_entities: distinct entities (words, patients, speakers' utterances).
-    """
-
-    lengths_N: NDArray[np.int64]
-    targets_N: NDArray[np.int64]
-    label_frames_N: NDArray[np.int64]
-    labels_N: NDArray[np.int64]
-    weights_N: NDArray[np.float32]
-    num_entities: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DataCard:
-    """A prepared data set, as far as planning needs it."""
-
-    name: str
-    digest: str
-    signature: Signature
-    target: TargetKind
-    target_per: TargetPer
-    splits: dict[str, SplitCard]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """What the place offers.
-
-    Args:
-        where: its name for messages, such as "this machine" or an address.
-        cpus, gpus: whole devices; memory_bytes: of the smallest node that takes workers, 0 = unknown.
-    """
-
-    where: str
-    cpus: int
-    gpus: int
-    memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +98,6 @@ def trainable_rows(split: SplitCard, task: TaskSpec) -> NDArray[np.int64]:
     return np.flatnonzero(counts)
 
 
-def with_slots(batch: BatchSpec, slots: int) -> BatchSpec:
-    """The batch spec with a number for `max_slots`, such as the plan's."""
-    return replace(batch, max_slots=str(slots))
-
-
 def make_plan(spec: JobSpec, card: DataCard, capacity: Capacity) -> Plan:
     """The plan of `spec` on this data at this place.
 
@@ -174,15 +113,11 @@ def make_plan(spec: JobSpec, card: DataCard, capacity: Capacity) -> Plan:
     lanes = spec.batch.lanes or world
     rows = trainable_rows(train, spec.task)
     _check_rows(len(rows), lanes, world)
-    lengths, targets = train.lengths_N[rows], train.targets_N[rows]
-    slots = _auto_slots(spec, card, lengths, targets, capacity) if spec.batch.is_auto else spec.batch.slots
-    batch = with_slots(spec.batch, slots)
-    repeats = class_repeats(train.labels_N[rows], batch)
-    epoch = plan_epoch(lengths, batch, lanes=lanes, seed=spec.train.seed, epoch=0, repeats_N=repeats)
+    lengths = train.lengths_N[rows]
+    epoch, size = fitting_epoch(spec, card, rows, capacity)
     if epoch.pieces(0) > 1:
         _check_pieces(spec)
-    size = _worker_bytes(spec, card, epoch, targets)
-    _check_memory(size, world, capacity)
+    check_memory(spec, size, capacity)
     median, p99 = np.percentile(lengths, [50, 99])
     dropped = len(train.lengths_N) - len(rows)
     explained = explain(epoch, ranks=world)
@@ -204,7 +139,7 @@ def make_plan(spec: JobSpec, card: DataCard, capacity: Capacity) -> Plan:
         updates_per_epoch=epoch.num_updates,
         num_updates=epoch.num_updates * spec.train.epochs,
         rows_per_update=epoch.num_entries / epoch.num_updates,
-        max_slots=slots,
+        max_slots=epoch.limit.slots,
         slots_found="estimated" if spec.batch.is_auto else "given",
         fill=epoch.fill,
         worst_slots=epoch.worst_slots,
@@ -212,7 +147,7 @@ def make_plan(spec: JobSpec, card: DataCard, capacity: Capacity) -> Plan:
         worker_bytes=size,
         batch_digest=epoch.digest,
         batches=explained,
-        warnings=_warnings(spec, explained, dropped),
+        warnings=_warnings(spec, explained, dropped, int(epoch.padded_GL.max())),
     )
 
 
@@ -282,66 +217,6 @@ def _check_pieces(spec: JobSpec) -> None:
         )
 
 
-def _auto_slots(
-    spec: JobSpec, card: DataCard, lengths_N: NDArray[Any], targets_N: NDArray[Any], capacity: Capacity
-) -> int:
-    """The largest power of two that fits into the memory and leaves an epoch enough rounds.
-
-    Powers of two, because free memory differs from day to day and batches should not.
-    """
-    world = max(1, spec.cluster.workers)
-    room = min(capacity.memory_bytes // world, capacity.memory_bytes // 2)
-    longest, median = int(lengths_N.max()), int(np.median(lengths_N))
-    most_by_rounds = int(lengths_N.sum()) // (FEW_ROUNDS * (spec.batch.lanes or world))
-    labels = {steps: longest_target(lengths_N, targets_N, steps) for steps in (median, longest)}
-
-    def fits(slots: int) -> bool:
-        if slots > max(LEAST_SLOTS, most_by_rounds):
-            return False
-        if not capacity.memory_bytes:
-            return slots <= USUAL_SLOTS
-        shapes = [(max(1, slots // steps), min(steps, slots), labels[steps]) for steps in (median, longest)]
-        return max(_training_bytes(spec, card, *shape) for shape in shapes) <= room
-
-    slots = LEAST_SLOTS
-    while slots < MOST_SLOTS and fits(2 * slots):
-        slots *= 2
-    needed = -(-longest // spec.batch.multiple_of) * spec.batch.multiple_of
-    return slots if spec.batch.long_rows is LongRows.chunk else max(slots, needed)
-
-
-def _worker_bytes(spec: JobSpec, card: DataCard, epoch: EpochPlan, targets_N: NDArray[Any]) -> int:
-    """Of the largest microbatch, of the one with the longest rows, and of that whose alignments are most."""
-    places = {epoch.largest, (0, 0)}
-    if isinstance(spec.task, CtcSpec):
-        alignments_GL = epoch.microbatch_GL * (card.signature.num_labels + epoch.most_GL(targets_N))
-        places.add(divmod(int(alignments_GL.argmax()), epoch.lanes))
-    found: list[int] = []
-    for place in places:
-        taken = epoch.lane_rows(*place)
-        rows = 1 if epoch.pieces(place[0]) > 1 else len(taken)
-        frames = None if epoch.limit.counts_slots else int(epoch.microbatch_GL[place])
-        labels = int(targets_N[taken].max())
-        found.append(_training_bytes(spec, card, rows, epoch.steps(*place), labels, frames=frames))
-    return max(found)
-
-
-def _training_bytes(
-    spec: JobSpec, card: DataCard, rows: int, steps: int, labels: int, *, frames: int | None = None
-) -> int:
-    return training_bytes(
-        spec.model,
-        spec.task,
-        card.signature,
-        spec.optim,
-        rows=rows,
-        time_steps=steps,
-        frames=frames,
-        labels=labels,
-        world=max(1, spec.cluster.workers),
-    )
-
-
 def _check_devices(spec: JobSpec, capacity: Capacity) -> None:
     for what, asked, there in (
         ("CPUs", spec.cluster.workers * spec.cluster.cpus_per_worker, capacity.cpus),
@@ -356,16 +231,7 @@ def _check_devices(spec: JobSpec, capacity: Capacity) -> None:
             )
 
 
-def _check_memory(worker_bytes: int, world: int, capacity: Capacity) -> None:
-    if capacity.memory_bytes and worker_bytes * world > capacity.memory_bytes:
-        raise InfeasibleError(
-            f"memory: {world} workers x {format_bytes(worker_bytes)} estimated, "
-            f"expected at most {format_bytes(capacity.memory_bytes)} on {capacity.where}",
-            hint="a smaller batch.max_slots or model.hidden_size",
-        )
-
-
-def _warnings(spec: JobSpec, batches: Explained, dropped: int) -> tuple[str, ...]:
+def _warnings(spec: JobSpec, batches: Explained, dropped: int, most_padded: int) -> tuple[str, ...]:
     found: list[str] = []
     if batches.entries < batches.lanes:
         found.append(
@@ -384,6 +250,12 @@ def _warnings(spec: JobSpec, batches: Explained, dropped: int) -> tuple[str, ...
         found.append(f"{dropped} training rows have targets too long for their inputs, or no weight, and are left out")
     if spec.batch.class_balance and getattr(spec.task, "class_weights", None) is ClassWeights.balanced:
         found.append("batch.class_balance and task.class_weights both make rare labels count more")
+    if spec.batch.budget is Budget.frames and pads(spec) and most_padded > MANY_PADDED * batches.limit:
+        what = "ctc" if isinstance(spec.model, MinSpec) else spec.model.kind
+        found.append(
+            f"batch.budget counts frames, but {what} pads its rows: of {batches.limit:,} frames it makes up to "
+            f"{most_padded:,} time steps; batch.budget=slots"
+        )
     if spec.batch.budget is Budget.frames and spec.batch.multiple_of > 1:
         found.append("batch.multiple_of does nothing where the budget counts frames: nothing is padded")
     return tuple(found)

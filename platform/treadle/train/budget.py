@@ -1,11 +1,13 @@
 """How many slots a microbatch should have, found by training for a moment on this device.
 
 For `batch.max_slots=auto`. Budgets are tried from small to large, each on the shapes that an epoch has at its worst:
-as many of the longest rows as fit, of rows longer than 99 % of all, and of the median ones. A budget is safe where the
-peak of a whole update stays within the limit for all of them. Of the safe ones the smallest is taken that trains, on
-median rows, within 3 % as many frames a second as the fastest: more slots than that only make for fewer updates. On a
-CPU they may even be slower: two bidirectional layers of an LSTM of 128 units read 15,100 frames a second in batches of
-1,024 slots and 11,000 in batches of 4,066, whose activations no cache holds; a MinGRU 101,000 and 133,000.
+as many of the longest rows as fit, of rows longer than 99 % of all, of the shortest, which are the most, and of the
+median ones; where frames are counted also the microbatch of an epoch that padding makes the largest. A budget is safe
+where the peak of a whole update stays within the limit for all of them. Of the safe ones the smallest is taken that
+trains, on median rows, within 3 % as many frames a second as the fastest: more slots than that only make for fewer
+updates. On a CPU they may even be slower: two bidirectional layers of an LSTM of 128 units read 15,100 frames a second
+in batches of 1,024 slots and 11,000 in batches of 4,066, whose activations no cache holds; a MinGRU 101,000 and
+133,000.
 
 Source: the bisection of NVIDIA NeMo's oomptimizer, with speed as a second criterion and all shapes under one budget.
 """
@@ -13,7 +15,6 @@ Source: the bisection of NVIDIA NeMo's oomptimizer, with speed as a second crite
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -29,14 +30,17 @@ from torch import Tensor, nn
 from treadle.data import Batch
 from treadle.errors import InfeasibleError
 from treadle.nn.footprint import peak_bytes
-from treadle.spec import BatchSpec, LongRows
+from treadle.plan import plan_epoch, with_slots
+from treadle.spec import BatchSpec, Budget, LongRows
 from treadle.train.precision import PrecisionChoice
 from treadle.train.task import Task, run_network
 from treadle.units import format_bytes
 
-__all__ = ["FoundBudget", "Learner", "Trial", "find_budget", "memory_limit", "peak_of_update"]
+__all__ = ["FoundBudget", "Learner", "Trial", "find_budget", "memory_limit", "peak_of_update", "untouched"]
 
 Ints = NDArray[np.int64]
+Predict = Callable[[int, int, int | None], int]
+"""Bytes at the peak of an update of (rows, time steps, frames); frames are None where all slots count."""
 
 LEAST_SLOTS, MOST_SLOTS = 256, 1 << 20
 FEW_ROUNDS = 80
@@ -82,7 +86,7 @@ class Trial:
     """One shape of one budget.
 
     Args:
-        slots: the budget. rows, time_steps: of the microbatch that was tried.
+        slots: the budget. rows, time_steps: of the microbatch that was tried. frames: of all its rows.
         peak_bytes: of all tensors over an update; 0 where the device had too little memory.
         frames_per_s: of the fastest of some updates; 0 where speed was not looked at.
         fits: within the limit.
@@ -94,6 +98,7 @@ class Trial:
     peak_bytes: int
     frames_per_s: float
     fits: bool
+    frames: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +130,7 @@ def find_budget(
     *,
     lanes: int,
     limit_bytes: int,
-    predict: Callable[[int, int], int] = lambda _rows, _steps: 0,
+    predict: Predict = lambda _rows, _steps, _frames: 0,
 ) -> FoundBudget:
     """The smallest safe budget whose speed is within 3 % of the best.
 
@@ -133,23 +138,23 @@ def find_budget(
 
     Args:
         learner: of the job, on the device of the job.
-        batch: max_rows, multiple_of and long_rows are read.
+        batch: of the job; all is read but max_slots.
         rows_N: training rows, by number in the data set. lengths_N: their frames. targets_N: their targets.
         lanes: shares of a round.
         limit_bytes: what this worker may use; see `memory_limit`.
-        predict: the peak of (rows, time steps) by arithmetic; what it puts at twice the limit is not tried.
+        predict: the peak by arithmetic; what it puts at twice the limit is not tried.
 
     Raises:
         InfeasibleError: not even the smallest budget fits, or the one that the longest row needs.
 
     Cost: updates of all budgets up to the one taken and two doublings beyond; `PROBE_S` and one update at most.
     """
-    search = _Search(learner, batch, rows_N, np.asarray(lengths_N, np.int64), targets_N, limit_bytes, predict)
+    search = _Search(learner, batch, rows_N, np.asarray(lengths_N, np.int64), targets_N, lanes, limit_bytes, predict)
     least = search.least_slots
     most = max(least, min(MOST_SLOTS, int(np.sum(lengths_N, dtype=np.int64)) // (FEW_ROUNDS * lanes)))
-    with _untouched(learner):
+    with untouched(learner):
         reason = search.climb(least, most)
-    return search.answer(reason, predict)
+    return search.answer(reason)
 
 
 def memory_limit(device: torch.device, workers: int) -> int:
@@ -194,11 +199,12 @@ class _Search:
         rows_N: Ints,
         lengths_N: Ints,
         targets_N: NDArray[Any],
+        lanes: int,
         limit_bytes: int,
-        predict: Callable[[int, int], int],
+        predict: Predict,
     ) -> None:
         order_N = np.argsort(lengths_N, kind="stable")
-        self._learner, self._batch = learner, batch
+        self._learner, self._batch, self._lanes = learner, batch, lanes
         self._rows, self._lengths = rows_N[order_N], lengths_N[order_N]
         self._most_targets = np.maximum.accumulate(targets_N[order_N])
         self._limit, self._predict = limit_bytes, predict
@@ -229,10 +235,10 @@ class _Search:
                 return f"{PROBE_S:.0f} s were over"
             slots = min(most, 1 << slots.bit_length())
 
-    def answer(self, reason: str, predict: Callable[[int, int], int]) -> FoundBudget:
+    def answer(self, reason: str) -> FoundBudget:
         """What the trials say."""
         if not self._speeds:
-            asked = self.trials[0]
+            asked = self.trials[-1]  # the first that does not fit
             raise InfeasibleError(
                 f"batch.max_slots: auto finds none: {asked.rows} x {asked.time_steps} time steps take "
                 f"{format_bytes(asked.peak_bytes)}, expected at most {format_bytes(self._limit)}",
@@ -246,7 +252,7 @@ class _Search:
             slots=slots,
             largest_slots=max(self._speeds),
             limit_bytes=self._limit,
-            predicted_bytes=predict(largest.rows, largest.time_steps),
+            predicted_bytes=self._predicted(largest.rows, largest.time_steps, largest.frames),
             measured_bytes=largest.peak_bytes,
             trials=tuple(self.trials),
             why=f"{share:.0%} of the best speed, {format_bytes(largest.peak_bytes)} at most; {reason}",
@@ -263,37 +269,61 @@ class _Search:
 
     def _try(self, slots: int) -> bool:
         """Whether all shapes of a budget fit; notes the speed of the median one."""
-        for place in (len(self._rows) - 1, int(0.99 * (len(self._rows) - 1)), (len(self._rows) - 1) // 2):
-            trial = self._trial(slots, place, timed=place == (len(self._rows) - 1) // 2)
-            self.trials.append(trial)
-            if not trial.fits:
+        middle, last = (len(self._rows) - 1) // 2, len(self._rows) - 1
+        worst = [self._alike(slots, place) for place in (last, int(0.99 * last), 0)]
+        worst += [self._most_padded(slots)] if self._counts_frames else []
+        for places in worst:
+            if not self._trial(slots, places, timed=False).fits:
                 return False
-            if trial.frames_per_s:
-                self._speeds[slots] = trial.frames_per_s
-        return True
+        trial = self._trial(slots, self._alike(slots, middle), timed=True)
+        if trial.fits:
+            self._speeds[slots] = trial.frames_per_s
+        return trial.fits
 
-    def _trial(self, slots: int, place: int, *, timed: bool) -> Trial:
+    def _alike(self, slots: int, place: int) -> Ints:
+        """As many rows as fit, each about as long as the one there."""
         # A row above the budget is read in pieces; one that just fits stands for a piece.
         place = max(0, min(place, int(np.searchsorted(self._lengths, slots, side="right")) - 1))
-        steps = self._padded(int(self._lengths[place]))
-        num_rows = max(1, min(slots // steps, self._batch.max_rows, len(self._rows)))
-        peak, speed = self._predict(num_rows, steps), 0.0
+        num_rows = slots // self._padded(int(self._lengths[place]))
+        num_rows = max(1, min(num_rows, self._batch.max_rows, len(self._rows)))
+        # One row is a little shorter where there is one: rows of one length are padded, and packed, for free.
+        places = np.full(num_rows, place)
+        places[1:2] = max(0, int(np.searchsorted(self._lengths, self._lengths[place])) - 1)
+        if num_rows > 1:  # the most targets of rows up to this length, to which the others are padded
+            last = int(np.searchsorted(self._lengths, self._lengths[place], side="right")) - 1
+            places[-1] = int(np.searchsorted(self._most_targets, self._most_targets[last]))
+        return places
+
+    def _most_padded(self, slots: int) -> Ints:
+        """The rows of the microbatch with the most padded slots, of which a budget of frames knows nothing."""
+        plan = plan_epoch(self._lengths, with_slots(self._batch, slots), lanes=self._lanes, seed=0, epoch=0)
+        cut = len(plan.pieces_G)  # rows above the budget, one a lane
+        if cut == plan.num_rounds:
+            return self._alike(slots, len(self._rows) - 1)
+        number, lane = divmod(int(plan.padded_GL[cut:].argmax()), self._lanes)
+        return plan.lane_rows(cut + number, lane)
+
+    def _trial(self, slots: int, places: Ints, *, timed: bool) -> Trial:
+        """Of rows by their places in the order of lengths; kept among the trials."""
+        lengths_B = self._lengths[places]
+        rows, steps, frames = len(places), self._padded(int(lengths_B.max())), int(lengths_B.sum())
+        peak, speed = self._predicted(rows, steps, frames), 0.0
         if peak <= 2 * self._limit:
-            # One row is a little shorter where there is one: rows of one length are padded, and packed, for free.
-            places = np.full(num_rows, place)
-            places[1:2] = max(0, int(np.searchsorted(self._lengths, self._lengths[place])) - 1)
-            if num_rows > 1:  # the most targets of rows up to this length, to which the others are padded
-                last = int(np.searchsorted(self._lengths, self._lengths[place], side="right")) - 1
-                places[-1] = int(np.searchsorted(self._most_targets, self._most_targets[last]))
             peak, speed = self._measured(self._learner.read(self._rows[places]), timed=timed)
-        return Trial(
+        trial = Trial(
             slots=slots,
-            rows=num_rows,
+            rows=rows,
             time_steps=steps,
+            frames=frames,
             peak_bytes=peak,
             frames_per_s=round(speed, 1),
             fits=0 < peak <= self._limit,
         )
+        self.trials.append(trial)
+        return trial
+
+    def _predicted(self, rows: int, steps: int, frames: int) -> int:
+        return self._predict(rows, steps, frames if self._counts_frames else None)
 
     def _measured(self, batch: Batch, *, timed: bool) -> tuple[int, float]:
         """(peak, frames a second); zeros where the device has too little memory."""
@@ -318,18 +348,21 @@ class _Search:
             torch.cuda.synchronize(self._learner.device)
         return time.perf_counter() - started
 
+    @property
+    def _counts_frames(self) -> bool:
+        return self._batch.budget is Budget.frames
+
     def _padded(self, length: int) -> int:
-        multiple = self._batch.multiple_of
+        multiple = 1 if self._counts_frames else self._batch.multiple_of
         return -(-length // multiple) * multiple
 
 
 @contextlib.contextmanager
-def _untouched(learner: Learner) -> Iterator[None]:
-    """Everything that an update moves is put back at the end."""
+def untouched(learner: Learner) -> Iterator[None]:
+    """Everything that an update moves is put back at the end; meanwhile it is kept on the host."""
     network, optimizer = learner.network, learner.optimizer
     was_training = network.training
-    weights = {name: part.detach().to("cpu", copy=True) for name, part in network.state_dict().items()}
-    moments = copy.deepcopy(optimizer.state_dict()) if optimizer.state else None
+    weights, moments = _on_host(network.state_dict()), _on_host(optimizer.state_dict())
     with torch.random.fork_rng(devices=[learner.device] if learner.device.type == "cuda" else []):
         try:
             network.train()
@@ -338,12 +371,20 @@ def _untouched(learner: Learner) -> Iterator[None]:
             optimizer.zero_grad(set_to_none=True)
             network.load_state_dict(weights)
             network.train(was_training)
-            if moments is None:
-                optimizer.state.clear()
-            else:
+            optimizer.state.clear()
+            if moments["state"]:
                 optimizer.load_state_dict(moments)
             if learner.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _on_host(value: Any) -> Any:
+    """A copy with all tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    return [_on_host(item) for item in value] if isinstance(value, list) else value
 
 
 def _available_bytes() -> int:

@@ -52,9 +52,10 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates on one split. Rows of one entity with equal inputs are one question; any of their targets is right.
+    """Evaluates on one split. Each row is a question.
 
-    Rows are dealt to the ranks sorted by length without noise, so that nearly nothing is padded.
+    Where a task has alternatives, rows of one entity with equal inputs are one question, and any of their targets is
+    right. Rows are dealt to the ranks sorted by length without noise, so that nearly nothing is padded.
 
     Args:
         spec: with a number of slots.
@@ -79,17 +80,13 @@ class Evaluator:
         self._buffers = Buffers()
         self._labels = manifest.preprocessing.labels
         self._symbols = manifest.header.content.symbols
-        rows = manifest.rows_of(split)
-        entities, inputs = manifest.columns["entity"][rows], manifest.columns["inputs"][rows]
-        order = np.lexsort((inputs, entities))
-        changes = (np.diff(entities[order]) != 0) | (np.diff(inputs[order]) != 0)
-        self._alternatives = np.split(rows[order], np.flatnonzero(changes) + 1) if len(rows) else []
+        self._questions = _questions(manifest, manifest.rows_of(split), grouped=task.has_alternatives)
         self._lengths = manifest.columns["length"]
         slots = str(max(spec.batch.slots, self._longest()))
         self._batch = BatchSpec(max_slots=slots, max_rows=spec.batch.max_rows, noise=0.0)
 
     def __len__(self) -> int:
-        return len(self._alternatives)
+        return len(self._questions)
 
     @torch.no_grad()
     def __call__(self, network: nn.Module, precision: PrecisionChoice) -> Evaluation:
@@ -112,12 +109,12 @@ class Evaluator:
         return self._summed(scores, samples)
 
     def _longest(self) -> int:
-        return max((int(self._lengths[group[0]]) for group in self._alternatives), default=1)
+        return max((int(self._lengths[group[0]]) for group in self._questions), default=1)
 
     def _batches(self) -> Iterator[tuple[list[NDArray[np.int64]], Batch, Lease]]:
-        if not self._alternatives:
+        if not self._questions:
             return
-        firsts = np.array([group[0] for group in self._alternatives], np.int64)
+        firsts = np.array([group[0] for group in self._questions], np.int64)
         lengths = self._lengths[firsts].astype(np.int64)
         plan = plan_epoch(lengths, self._batch, lanes=self._world.size, seed=0, epoch=0)
         for number in range(plan.num_rounds):
@@ -125,7 +122,7 @@ class Evaluator:
             if len(rows):
                 lease = self._buffers.lease()
                 batch = self._reader.batch(firsts[rows], form=self._form, lease=lease)
-                yield [self._alternatives[i] for i in rows], batch, lease
+                yield [self._questions[i] for i in rows], batch, lease
 
     def _references(self, groups: list[NDArray[np.int64]]) -> list[list[tuple[int, ...]]]:
         """The accepted labels of each group."""
@@ -161,3 +158,14 @@ class Evaluator:
             answered=tuple(self._labels[i] for i in answer.labels),
             confidence=answer.confidence,
         )
+
+
+def _questions(manifest: Manifest, rows_N: NDArray[np.int64], *, grouped: bool) -> list[NDArray[np.int64]]:
+    """The rows of each question, by entity: one, or where `grouped` all of one entity with equal inputs."""
+    if not len(rows_N):
+        return []
+    entities_N, inputs_N = manifest.columns["entity"][rows_N], manifest.columns["inputs"][rows_N]
+    order_N = np.lexsort((inputs_N, entities_N))
+    changes = (np.diff(entities_N[order_N]) != 0) | (np.diff(inputs_N[order_N]) != 0)
+    starts = np.flatnonzero(changes | (not grouped)) + 1
+    return np.split(rows_N[order_N], starts)

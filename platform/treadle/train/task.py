@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ class Task(ABC):
     Args:
         num_labels: labels (classes) of the data set.
     """
+
+    has_alternatives: ClassVar[bool]
+    """Whether a question may have several right answers, each written as a row of its own, such as the pronunciations
+    of a word. A class that is another in another row of the same inputs is a contradiction instead."""
 
     def __init__(self, num_labels: int) -> None:
         self.num_labels = num_labels
@@ -124,6 +128,8 @@ class Scores:
 class CtcTask(Task):
     """Labels without alignment; best path decoding (Graves et al. 2006, section 3.2)."""
 
+    has_alternatives = True
+
     def __init__(self, spec: CtcSpec, num_labels: int) -> None:
         super().__init__(num_labels)
         self.spec = spec
@@ -176,6 +182,8 @@ class ClassifyTask(Task):
     Args:
         class_weights_K: what a row counts by its label, beside its own weight; 1 where None.
     """
+
+    has_alternatives = False
 
     def __init__(self, spec: ClassifySpec, num_labels: int, class_weights_K: NDArray[np.float64] | None = None) -> None:
         super().__init__(num_labels)

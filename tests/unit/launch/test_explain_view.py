@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def test_lengths_are_read_whatever_their_width(tmp_path: Path, dtype: str) -> No
         (npy(np.array([0, 3])), "got length 0 of row 0"),
         (npy(np.array([1 << 40])), "got length 1099511627776 of row 0"),
         (npy(np.array([1.0])), r"got float64 of shape \(1,\)"),
+        (npy(np.array([5], "m8[s]")), r"got timedelta64\[s\] of shape \(1,\)"),
         (npy(np.array([True])), r"got bool of shape \(1,\)"),
         (npy(np.array(5)), r"got int64 of shape \(\)"),
         (npy(np.ones((2, 2), int)), r"got int64 of shape \(2, 2\)"),
@@ -90,6 +92,22 @@ def test_lengths_are_planned_as_a_job_would() -> None:
     assert found.plan_s > 0
     with pytest.raises(ConfigError, match=r"^--lanes: got 2, expected at least --ranks = 4"):
         explain_lengths(LENGTHS, replace(batch, lanes=2), ranks=4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (dict(ranks=10**9), r"^--ranks: got 1000000000, expected .*4096"),
+        (dict(lanes=100_000), r"^--lanes: got 100000, expected .*4096"),
+        (dict(seed=10**20), r"^--seed: got 100000000000000000000, expected .*2147483648"),
+        (dict(slots="999999999999999999g"), r"^batch\.max_slots: got 999,999,.*, expected at most 1,099,"),
+    ],
+)
+def test_numbers_that_no_job_may_have_are_refused(flags: dict[str, Any], words: str) -> None:
+    given = dict(ranks=1, lanes=None, seed=0, slots="2k") | flags
+    batch = BatchSpec(max_slots=given["slots"], lanes=given["lanes"])
+    with pytest.raises(ConfigError, match=words):
+        explain_lengths(LENGTHS, batch, ranks=given["ranks"], seed=given["seed"])
 
 
 SPEC = JobSpec(
@@ -136,6 +154,8 @@ def test_more_ranks_than_the_place_has() -> None:
     assert (plan.world, found.ranks, found.lanes) == (8, 8, 8)
     with pytest.raises(ConfigError, match=r"batch\.lanes: got 4, expected at least cluster\.workers = 8"):
         explain_job(replace(SPEC, batch=BatchSpec(lanes=4)), card(), HERE, ranks=8)
+    with pytest.raises(ConfigError, match=r"^--ranks: got 5000, expected"):
+        explain_job(SPEC, card(), HERE, ranks=5000)
 
 
 def test_a_job_that_does_not_fit_into_the_memory_is_refused() -> None:
@@ -154,3 +174,11 @@ def test_text_and_picture_of_any_lengths(lengths: list[int], ranks: int, width: 
     picture = explain_picture(found, head="<&>")
     assert picture.count("zones part at") == len({zone.longest for zone in found.zones[:-1]})
     assert "&lt;&amp;&gt;" in picture
+
+
+def test_the_picture_says_what_the_budget_counts() -> None:
+    found = explain_lengths(LENGTHS, BatchSpec(max_slots="2k"), ranks=1, seed=0)
+    picture = explain_picture(found, counts="frames")
+    assert "2,000 frames a microbatch" in picture
+    assert "% of frames" in picture
+    assert "slots" not in picture

@@ -327,11 +327,24 @@ def test_lengths_are_shared_and_the_plan_is_small():
         ([3], BatchSpec(max_slots="4", multiple_of=8), ConfigError, r"multiple_of: got 8, expected at most .* = 4"),
         ([], BatchSpec(), ConfigError, "no training rows"),
         ([4, 0], BatchSpec(), DataError, "row 1: got 0 frames"),
+        (
+            [4, (1 << 32) + 5],  # 5 in 32 bits
+            BatchSpec(long_rows=LongRows.chunk),
+            DataError,
+            "row 1: got 4,294,967,301 frames, expected fewer than 4,294,967,296",
+        ),
+        ([4], BatchSpec(max_slots="9999999999G"), ConfigError, r"max_slots: got 9,999,.*, expected at most 1,099,"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_by_name(lengths_N, batch, error, words):
     with pytest.raises(error, match=words):
         plan_of(np.array(lengths_N, np.int64), batch)
+
+
+@pytest.mark.parametrize("budget", list(Budget))
+def test_any_number_of_rows_may_be_the_most(budget):
+    batch = BatchSpec(max_slots="64", budget=budget, max_rows=1 << 70)
+    assert plan_of(np.array([3, 9]), batch, lanes=1).num_rounds == 1
 
 
 def test_the_hint_of_a_long_row_helps():

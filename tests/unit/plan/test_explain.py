@@ -88,6 +88,16 @@ def test_lengths_are_those_of_the_rows(lengths_N, batch):
     assert min(zone.shortest for zone in found.zones) == lengths_N.min()
 
 
+def test_a_legal_length_is_explained_whatever_its_size():
+    """A table of all lengths up to this one would take 32 GiB."""
+    lengths_N = np.array([1, 7, 7, (1 << 32) - 1])
+    batch = BatchSpec(max_slots="4G", long_rows=LongRows.chunk)
+    found = explain(plan_epoch(lengths_N, batch, lanes=1, seed=0, epoch=0), ranks=1)
+    assert found.lengths == (1, 1, 1, 7, 7, *[(1 << 32) - 1] * 3)
+    assert (found.bin_edges[-1], sum(found.bin_rows), found.bin_rows[-1]) == (1 << 32, 4, 1)
+    assert found.frames == 15 + (1 << 32) - 1
+
+
 def test_repeated_rows_count_as_often_as_they_stand():
     lengths_N, repeats_N = np.array([5, 10]), np.array([3.0, 1.0])
     plan = plan_epoch(lengths_N, BatchSpec(), lanes=1, seed=0, epoch=0, repeats_N=repeats_N)

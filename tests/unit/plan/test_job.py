@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from treadle import wire
 from treadle.errors import ConfigError, DataError, InfeasibleError
-from treadle.plan import Capacity, DataCard, Plan, SplitCard, count_parameters, make_plan
+from treadle.plan import Capacity, DataCard, Plan, SplitCard, count_parameters, make_plan, plan_epoch, with_slots
 from treadle.plan.size import training_bytes
 from treadle.spec import (
     AdamWSpec,
@@ -246,6 +249,119 @@ def test_slots_estimated_from_memory_leave_room_for_the_targets():
     few, many = (make_plan(spec, words_card(lengths // by * 2, lengths), tight) for by in (20, 1))
     assert many.max_slots < few.max_slots
     assert many.worker_bytes <= 20 << 20
+
+
+ONE_LONG_AMONG_SHORT = [4096, 2000, *[20] * 3000]
+
+
+def most_by_microbatch(spec, data, plan):
+    """What `training_bytes` says of each microbatch of epoch 0, one by one; the most of them."""
+    train = data.splits["train"]
+    batch = with_slots(spec.batch, plan.max_slots)
+    epoch = plan_epoch(train.lengths_N, batch, lanes=plan.lanes, seed=spec.train.seed, epoch=0)
+    found = []
+    for place in itertools.product(range(epoch.num_rounds), range(epoch.lanes)):
+        rows = epoch.lane_rows(*place)
+        if len(rows):
+            num_pieces = epoch.pieces(place[0])
+            frames = epoch.steps(*place) if num_pieces > 1 else int(train.lengths_N[rows].sum())
+            found.append(
+                training_bytes(
+                    spec.model,
+                    spec.task,
+                    TOKENS,
+                    spec.optim,
+                    rows=len(rows),
+                    time_steps=epoch.steps(*place),
+                    frames=frames if batch.budget is Budget.frames else None,
+                    labels=int(train.targets_N[rows].max()),
+                    world=plan.world,
+                )
+            )
+    return max(found)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.integers(1, 200), min_size=2, max_size=60),
+    st.sampled_from([LstmSpec, GruSpec, MinGruSpec]),
+    st.sampled_from([ClassifySpec(), CtcSpec(frames_per_step=2)]),
+    st.sampled_from(Budget),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_memory_is_that_of_the_microbatch_that_takes_most(lengths, cell, task, budget, cut, chance):
+    cut = cut and isinstance(task, ClassifySpec)
+    targets = [chance.randint(1, n) for n in lengths]
+    data = (labelled if isinstance(task, ClassifySpec) else words_card)(
+        *([[0] * len(lengths), lengths] if isinstance(task, ClassifySpec) else [targets, lengths])
+    )
+    batch = BatchSpec(
+        max_slots="60" if cut else "300", budget=budget, long_rows=LongRows.chunk if cut else LongRows.refuse
+    )
+    spec = job(model=cell(hidden_size=16), task=task, batch=batch)
+    plan = make_plan(spec, data, ROOMY)
+    assert plan.worker_bytes == pytest.approx(most_by_microbatch(spec, data, plan), abs=2)
+
+
+@pytest.mark.parametrize("model", [LstmSpec(hidden_size=16), MinGruSpec(hidden_size=16)])
+@pytest.mark.parametrize("task", [ClassifySpec(), CtcSpec()])
+def test_a_budget_of_frames_is_sized_by_padded_rows_where_the_network_pads(model, task):
+    lengths = ONE_LONG_AMONG_SHORT
+    data = labelled([0] * len(lengths), lengths) if isinstance(task, ClassifySpec) else words_card([1] * 3002, lengths)
+    batch, cluster = BatchSpec(max_slots="4096", budget=Budget.frames), ClusterSpec(workers=1)
+    spec = job(model=model, task=task, batch=batch, cluster=cluster)
+    plan = make_plan(spec, data, ROOMY)
+    assert plan.worst_slots == 4096
+    sizes = dict(rows=100, time_steps=2000, frames=4000, labels=1, world=1)  # the second round has a few more
+    padded = training_bytes(spec.model, spec.task, TOKENS, spec.optim, **sizes)
+    warned = [line for line in plan.warnings if "batch.budget=slots" in line]
+    if isinstance(model, MinGruSpec) and isinstance(task, ClassifySpec):
+        assert not warned
+        assert plan.worker_bytes < padded * 2
+    else:
+        assert plan.worker_bytes >= padded
+        assert len(warned) == 1
+        assert ("lstm" if isinstance(model, LstmSpec) else "ctc") in warned[0]
+        tight = dataclasses.replace(ROOMY, memory_bytes=plan.worker_bytes - 1)
+        with pytest.raises(InfeasibleError, match="memory") as refused:
+            make_plan(spec, data, tight)
+        assert refused.value.hint.startswith("batch.budget=slots")
+
+
+def test_many_short_rows_keep_a_state_each():
+    data = labelled([0] * 9001, [4096, *[1] * 9000])
+    spec = job(batch=BatchSpec(max_slots="4096"), cluster=ClusterSpec(workers=1), model=LstmSpec(hidden_size=64))
+    short = training_bytes(spec.model, ClassifySpec(), TOKENS, spec.optim, rows=4096, time_steps=1, world=1)
+    long = training_bytes(spec.model, ClassifySpec(), TOKENS, spec.optim, rows=1, time_steps=4096, world=1)
+    assert short > 1.5 * long
+    assert make_plan(dataclasses.replace(spec, **CLASSIFY), data, ROOMY).worker_bytes == short
+
+
+@pytest.mark.parametrize("budget", list(Budget))
+def test_estimated_slots_leave_room_for_the_worst_microbatch(budget):
+    lengths = [1000, *[5] * 100_000]
+    spec = job(batch=BatchSpec(max_slots="auto", budget=budget, lanes=2), **CLASSIFY)
+    capacity = dataclasses.replace(ROOMY, memory_bytes=40 << 20)
+    plan = make_plan(spec, labelled([0] * len(lengths), lengths), capacity)
+    assert plan.worker_bytes <= 20 << 20
+
+
+def test_a_worker_fits_into_a_node():
+    spec = job(cluster=ClusterSpec(workers=1), **CLASSIFY)
+    data = labelled([0, 1, 0, 1])
+    size = make_plan(spec, data, ROOMY).worker_bytes
+    nodes = dataclasses.replace(ROOMY, memory_bytes=8 * size, node_bytes=size)
+    assert make_plan(spec, data, nodes).worker_bytes == size
+    with pytest.raises(InfeasibleError, match=r"memory: .* for a worker, expected at most .* a node on a test"):
+        make_plan(spec, data, dataclasses.replace(nodes, node_bytes=size - 1))
+    lengths = REFERENCE.tolist()
+    found = job(cluster=ClusterSpec(workers=1), batch=BatchSpec(max_slots="auto"), **CLASSIFY)
+    one, many = (
+        make_plan(found, labelled([0] * len(lengths), lengths), dataclasses.replace(ROOMY, **place))
+        for place in (dict(memory_bytes=40 << 20), dict(memory_bytes=4 << 30, node_bytes=40 << 20))
+    )
+    assert many.max_slots == one.max_slots
 
 
 @pytest.mark.parametrize(

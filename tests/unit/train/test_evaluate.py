@@ -165,3 +165,30 @@ def test_rows_count_by_their_weight_in_the_loss_alone():
         wanted = (weight * wrong + right) / (weight * 4 + 4)  # two label frames for each of two steps
         assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-3)
         assert found.metrics["word_error_rate"] == 0.5
+
+
+class FirstClass(nn.Module):
+    """Says the first class of every row."""
+
+    def forward(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        return torch.tensor([[9.0, 0.0, 0.0]]).expand(len(lengths_B), -1)
+
+
+def test_classes_that_contradict_each_other_are_no_alternatives():
+    rows = [
+        Row(entity=name, inputs=list("ab"), target=label, split="test")
+        for name in ("ann", "bob")
+        for label in ("A", "A", "B", "C")
+    ]
+    rows.append(Row(entity="cid", inputs=list("abc"), target="A", split="train"))
+    draft = Draft(rows=rows, inputs=Tokens(), target=Labels(names=LABELS), licence="none")
+    spec = toy_spec(task=ClassifySpec(), data=DataSpec(name="toy", allow_leaks=list(Leak)), split=SplitSpec())
+    toy = Toy(spec, draft)
+    reader = RowReader(toy.blobs, toy.manifest)
+    judge = Evaluator(spec, toy.manifest, reader, split="test", task=toy.task(), world=World())
+    found = judge(FirstClass(), FP32)
+    assert len(judge) == found.num_rows == 8
+    assert found.metrics["accuracy"] == 0.5
+    assert found.metrics["loss"] == pytest.approx(4.5, abs=0.01)
+    assert [row[0] for row in found.confusion] == [4, 2, 2, 0]
+    assert all(len(sample.expected) == 1 for sample in found.samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -53,9 +54,15 @@ def long_toy(**changes):
     return Toy(toy_spec(**given | changes), long_draft())
 
 
-@pytest.mark.parametrize("form", [Form.padded, Form.packed])
-@pytest.mark.parametrize("pooling", [Pooling.last, Pooling.mean, Pooling.max])
-@pytest.mark.parametrize("cell", [RnnSpec, LstmSpec, GruSpec, MinGruSpec, MinLstmSpec])
+# Every cell with every pooling; and each of both with rows padded and packed.
+CELLS, POOLINGS = (RnnSpec, LstmSpec, GruSpec, MinGruSpec, MinLstmSpec), (Pooling.last, Pooling.mean, Pooling.max)
+PAIRS = [*itertools.product(CELLS, POOLINGS)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "pooling", "form"),
+    [(*pair, form) for pair, form in zip(PAIRS, itertools.cycle([Form.padded, Form.packed]), strict=False)],
+)
 def test_pieces_of_a_row_give_the_gradients_of_the_whole_row(cell, pooling, form):
     model = cell(hidden_size=5, num_layers=2)
     run = long_toy(model=model, task=ClassifySpec(pooling=pooling)).run(double=False, form=form)
