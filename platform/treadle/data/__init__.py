@@ -13,9 +13,21 @@ from treadle.data.load.buffers import Buffers, Lease
 from treadle.data.load.reader import RowReader
 from treadle.data.load.streams import StreamBatch, read_streams
 from treadle.data.manifest import Header, Manifest, Preprocessing
-from treadle.data.shelf import find_dataset, find_rows, load_manifest, note_dataset, recipe_digest, rows_recipe
+from treadle.data.shelf import (
+    Note,
+    find_dataset,
+    find_note,
+    find_rows,
+    load_manifest,
+    note_dataset,
+    recipe_digest,
+    rows_recipe,
+    unprepared,
+)
 from treadle.data.sources.declared import open_source
 from treadle.data.sources.fetch import fetch
+from treadle.data.sources.files import list_files
+from treadle.data.sources.watch import Watch, digests_of, pinned_files, watch_source
 
 __all__ = [
     "SPLITS",
@@ -30,6 +42,7 @@ __all__ = [
     "Lease",
     "Manifest",
     "Means",
+    "Note",
     "Origin",
     "Preprocessing",
     "Row",
@@ -37,17 +50,24 @@ __all__ = [
     "StreamBatch",
     "Tokens",
     "Values",
+    "Watch",
     "ahead",
     "build_dataset",
     "build_rows",
     "build_view",
+    "digests_of",
     "fetch",
     "find_dataset",
+    "find_note",
     "find_rows",
+    "list_files",
     "load_manifest",
     "note_dataset",
     "open_source",
+    "pinned_files",
     "read_streams",
     "recipe_digest",
     "rows_recipe",
+    "unprepared",
+    "watch_source",
 ]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from treadle.data.draft import Frames, Labels, Tokens, Values
 
-__all__ = ["CHUNK_BYTES", "Chunk", "Part", "Problem", "Schema", "Source", "keep_rows", "used_names"]
+__all__ = ["CHUNK_BYTES", "Chunk", "Part", "Problem", "Schema", "Source", "keep_rows", "used_names", "without_rows"]
 
 CHUNK_BYTES = 4 << 20
 """About so many bytes of values make one chunk; a single row may be more."""
@@ -100,14 +100,17 @@ class Chunk:
         target_lengths_R: targets of each row: 1 of rows, its length of frames, any number of sequences; 0 without.
         targets: int32 [U] of places in `labels`, -1 for none; or float32 [U, K] of values; int32 [0] without.
         labels: the distinct labels of this chunk; () for values.
-        times_N: when each frame was, float64; None where the schema is not timed.
+        times_N: when each frame was, float64: days since 1970 where the source says dates or timestamps, which keeps
+            0.3 us of today's; None where the schema is not timed.
         entity_R: text; nulls are complained of.
         group_R: text without nulls (the entity where there is none), or None where the source has no such column.
         id_R: text, nulls are complained of; or None where the source has no such column.
-        time_R: float64, NaN where a row has none.
+        time_R: float64 as `times_N`, NaN where a row has none.
         weight_R: float32.
         split_R: int8 places in `SPLITS`, -1 where the source does not say.
         where_R: place of each row for people, "" where file and number say it; None for all so.
+        gaps_N: time since the frame before, 0 at the first of each row, where the source counts times more exactly than
+            `times_N` holds them; None where it follows from these.
         problems: rows of the source, not in this chunk, that have not even the form of one.
     """
 
@@ -127,6 +130,7 @@ class Chunk:
     weight_R: NDArray[np.float32]
     split_R: NDArray[np.int8]
     where_R: pa.StringArray | None = None
+    gaps_N: NDArray[np.float32] | None = None
     problems: tuple[Problem, ...] = ()
 
     @property
@@ -163,6 +167,30 @@ class Source(Protocol):
         ...
 
 
+def without_rows(schema: Schema, problems: tuple[Problem, ...]) -> Chunk:
+    """A chunk that says problems of a source, and has no row."""
+    inputs, target = schema.inputs, schema.target
+    nothing, no_text = np.zeros(0, np.int64), pa.array([], pa.string())
+    return Chunk(
+        file="",
+        number_R=nothing,
+        lengths_R=nothing,
+        inputs=np.zeros((0, len(inputs.channels)), np.float32) if isinstance(inputs, Frames) else nothing.astype("i4"),
+        symbols=(),
+        target_lengths_R=nothing,
+        targets=np.zeros((0, len(target.names)), np.float32) if isinstance(target, Values) else nothing.astype("i4"),
+        labels=(),
+        times_N=np.zeros(0) if schema.timed else None,
+        entity_R=no_text,
+        group_R=None,
+        id_R=None,
+        time_R=np.zeros(0),
+        weight_R=np.zeros(0, np.float32),
+        split_R=np.zeros(0, np.int8),
+        problems=problems,
+    )
+
+
 def keep_rows(chunk: Chunk, good_R: NDArray[np.bool_]) -> Chunk:
     """The chunk without some rows, and without symbols and labels that only these had; itself where all are kept."""
     if good_R.all():
@@ -193,6 +221,7 @@ def keep_rows(chunk: Chunk, good_R: NDArray[np.bool_]) -> Chunk:
         weight_R=chunk.weight_R[good_R],
         split_R=chunk.split_R[good_R],
         where_R=None if chunk.where_R is None else chunk.where_R.filter(rows),
+        gaps_N=None if chunk.gaps_N is None else chunk.gaps_N[frames_N],
     )
 
 

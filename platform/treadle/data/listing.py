@@ -99,6 +99,8 @@ def read_header(blobs: Stored, name: str, digest: str) -> Header:
     if len(head) < _HEAD or not head.startswith(_MAGIC):
         raise IntegrityError(f"{key}: not a manifest (no Arrow file)", hint=REBUILD)
     (size,) = struct.unpack("<i", head[-4:])
+    if size <= 0:
+        raise IntegrityError(f"{key}: not a manifest (got a schema of {size} bytes, expected some)", hint=REBUILD)
     try:
         meta = pa.ipc.read_schema(pa.py_buffer(blobs.get(key, offset=len(_MAGIC), size=8 + size))).metadata[b"treadle"]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:

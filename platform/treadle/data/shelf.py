@@ -1,8 +1,11 @@
 """Where prepared data sets are found in a store: by name and recipe.
 
-A recipe is the digest of what something is made by: of rows the data section of the job, its columns and the text of
-its preparation script; of a data set also how rows are split and read. Two recipes of one name live side by side; the
-same recipe twice is one. Data sets that differ in their split alone share the rows, and so the shards.
+A recipe is the digest of what something is made by. That of rows: the data section of the job, its columns and the text
+of its preparation script. It names the source by its place, and a second one does without, for rows whose files are all
+pinned by checksums. That of a data set: these rows, and how they are split and read. Two recipes of one name live side
+by side; the same recipe twice is one. Data sets that differ in their split alone share the rows, and so the shards.
+
+What a recipe gave is noted, with what the files of the source looked like: files that are not pinned may change.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +22,18 @@ from treadle.data.manifest import REBUILD, SCHEMA, Manifest
 from treadle.errors import ConfigError, DataError, IntegrityError, NotFoundError
 from treadle.spec import ColumnsSpec, DataSpec, Missing, SplitSpec
 
-__all__ = ["check_shards", "find_dataset", "find_rows", "load_manifest", "note_dataset", "recipe_digest", "rows_recipe"]
+__all__ = [
+    "Note",
+    "check_shards",
+    "find_dataset",
+    "find_note",
+    "find_rows",
+    "load_manifest",
+    "note_dataset",
+    "recipe_digest",
+    "rows_recipe",
+    "unprepared",
+]
 
 
 class Readable(Protocol):
@@ -28,37 +43,67 @@ class Readable(Protocol):
     def local_path(self, key: str) -> Path | None: ...
 
 
-def rows_recipe(data: DataSpec, columns: ColumnsSpec, script: Path | None) -> str:
-    """The recipe of the rows of a data set. Where checksums pin the source, its place does not count.
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What a recipe gave.
+
+    Args:
+        digest: of the data set or the rows. made_at: when it was noted, an ISO time in UTC.
+        files: what the files of the source looked like before they were read; "" where nobody could look.
+    """
+
+    digest: str
+    made_at: str = ""
+    files: str = ""
+
+
+def rows_recipe(data: DataSpec, columns: ColumnsSpec, script: Path | None, *, pinned: bool = False) -> str:
+    """The recipe of the rows of a data set.
 
     Args:
         script: that prepares them; None where the columns of the source are declared.
+        pinned: whether `data.sha256` names every file, so that it does not count where they lie.
     """
-    body = _recipe(data, columns, script)
-    del body["data"]["allow_leaks"]
-    if script is None:  # a script may read these two as it likes
-        del body["data"]["gaps"]
-        body["data"]["missing"] = data.missing is not Missing.refuse
-    return wire.digest(body | {"of": "rows"})
-
-
-def recipe_digest(data: DataSpec, columns: ColumnsSpec, split: SplitSpec, script: Path | None) -> str:
-    """The recipe of a data set: that of its rows, and how they are split and read."""
-    return wire.digest(_recipe(data, columns, script) | {"split": wire.encode(split)})
-
-
-def _recipe(data: DataSpec, columns: ColumnsSpec, script: Path | None) -> dict[str, Any]:
     body = wire.encode(data)
-    if data.sha256:
+    del body["allow_leaks"]
+    if pinned:
         del body["source"]
+    if script is None:  # a script may read these two as it likes
+        del body["gaps"]
+        body["missing"] = data.missing is not Missing.refuse
     text = hashlib.sha256(script.read_bytes()).hexdigest() if script else ""
-    return {"data": body, "columns": wire.encode(columns), "script": text, "schema": SCHEMA}
+    made_by = {"data": body, "columns": wire.encode(columns), "script": text, "schema": SCHEMA}
+    return wire.digest(made_by | {"of": "rows", "pinned": pinned})
 
 
-def note_dataset(blobs: Readable, name: str, recipe: str, digest: str) -> None:
-    """Say that `recipe` gave the data set, or the rows, `digest`."""
+def recipe_digest(data: DataSpec, split: SplitSpec, rows: str) -> str:
+    """The recipe of a data set: the digest of its rows, and how they are split and read."""
+    body = wire.encode(data)
+    del body["source"]  # the rows say what was read
+    return wire.digest({"rows": rows, "data": body, "split": wire.encode(split), "schema": SCHEMA})
+
+
+def note_dataset(blobs: Readable, name: str, recipe: str, digest: str, *, files: str = "") -> None:
+    """Say that `recipe` gave the data set, or the rows, `digest`, from `files`, as a `Note` has them."""
     made_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    blobs.put(f"data/{name}/recipes/{recipe}.json", wire.canonical({"digest": digest, "made_at": made_at}))
+    note = Note(digest=digest, made_at=made_at, files=files)
+    blobs.put(f"data/{name}/recipes/{recipe}.json", wire.canonical(wire.encode(note)))
+
+
+def find_note(blobs: Readable, name: str, recipe: str) -> Note | None:
+    """What `recipe` gave, if it was ever followed.
+
+    Raises:
+        IntegrityError: the note of it is damaged.
+    """
+    key = f"data/{name}/recipes/{recipe}.json"
+    try:
+        note = wire.parse_json(blobs.get(key), where=key)
+        return Note(digest=str(note["digest"]), made_at=str(note["made_at"]), files=str(note.get("files", "")))
+    except NotFoundError:
+        return None
+    except (KeyError, TypeError):
+        raise IntegrityError(f"{key}: not a note of a data set", hint=REBUILD) from None
 
 
 def find_dataset(blobs: Readable, name: str, recipe: str, *, job: str) -> str:
@@ -67,20 +112,21 @@ def find_dataset(blobs: Readable, name: str, recipe: str, *, job: str) -> str:
     Raises:
         DataError: it was not prepared in this store; the hint is the command that does it.
     """
-    digest = _noted(blobs, name, recipe)
-    if digest is None:
-        raise DataError(
-            f"data.{name}: not prepared yet, or prepared otherwise than this job asks",
-            hint=f"treadle prepare {job}",
-        )
-    return digest
+    note = find_note(blobs, name, recipe)
+    if note is None:
+        raise unprepared(name, job)
+    return note.digest
 
 
-def find_rows(blobs: Readable, name: str, recipe: str) -> Manifest | None:
-    """The rows that `recipe` gave, if they and their shards are all in the store."""
-    digest = _noted(blobs, name, recipe)
-    if digest is None:
-        return None
+def unprepared(name: str, job: str) -> DataError:
+    """The error that says so, with the command that prepares `job`."""
+    return DataError(
+        f"data.{name}: not prepared yet, or prepared otherwise than this job asks", hint=f"treadle prepare {job}"
+    )
+
+
+def find_rows(blobs: Readable, name: str, digest: str) -> Manifest | None:
+    """The rows of this digest, if they and their shards are all in the store and whole."""
     key = f"data/{name}/rows/{digest}.arrow"
     try:
         rows = Manifest.from_bytes(blobs.get(key), where=key, digest=digest)
@@ -121,13 +167,3 @@ def check_shards(blobs: Readable, manifest: Manifest) -> None:
         if entry is None or entry.size_bytes < end:
             seen = "no such file" if entry is None else f"{entry.size_bytes} bytes"
             raise IntegrityError(f"{key}: got {seen}, expected {end} bytes or more", hint=REBUILD)
-
-
-def _noted(blobs: Readable, name: str, recipe: str) -> str | None:
-    key = f"data/{name}/recipes/{recipe}.json"
-    try:
-        return str(wire.parse_json(blobs.get(key), where=key)["digest"])
-    except NotFoundError:
-        return None
-    except (KeyError, TypeError):
-        raise IntegrityError(f"{key}: not a note of a data set", hint=REBUILD) from None

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from treadle.data.load.block_cache import BlockCache
 from treadle.data.load.reader import RowReader
 from treadle.data.manifest import Finding, Manifest
-from treadle.data.shelf import find_dataset, find_rows, recipe_digest, rows_recipe
+from treadle.data.shelf import Note, find_dataset, find_note, find_rows, recipe_digest, rows_recipe, unprepared
 from treadle.data.splits.audit import audit
 from treadle.data.splits.fit import fit_preprocessing
 from treadle.errors import ConfigError
 from treadle.spec import JobSpec
 from treadle.store import Blobs
 
-__all__ = ["audit_again", "find_data", "open_reader", "script_of"]
+__all__ = ["audit_again", "find_data", "noted_rows", "open_reader", "script_of"]
 
 SCRIPT = "prepare.py"
 CACHE_SHARE = 0.5
@@ -48,9 +47,7 @@ def open_reader(blobs: Blobs, manifest: Manifest) -> RowReader:
 def _block_cache() -> BlockCache | None:
     """None where this user has no home to keep blocks in."""
     try:
-        folder = Path.home() / ".cache" / "treadle" / "blocks"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return BlockCache(folder, int(CACHE_SHARE * shutil.disk_usage(folder).free))
+        return BlockCache.of_share(Path.home() / ".cache" / "treadle" / "blocks", CACHE_SHARE)
     except (OSError, RuntimeError):
         return None
 
@@ -64,8 +61,19 @@ def find_data(spec: JobSpec, folder: Path, blobs: Blobs, *, asked: str) -> str:
     Raises:
         DataError: it is not built; the hint is the command.
     """
-    recipe = recipe_digest(spec.data, spec.columns, spec.split, script_of(spec, folder))
-    return find_dataset(blobs, spec.data.name, recipe, job=asked)
+    rows = noted_rows(spec, script_of(spec, folder), blobs)
+    if rows is None:
+        raise unprepared(spec.data.name, asked)
+    return find_dataset(blobs, spec.data.name, recipe_digest(spec.data, spec.split, rows.digest), job=asked)
+
+
+def noted_rows(spec: JobSpec, script: Path | None, blobs: Blobs) -> Note | None:
+    """The rows that were last made for the job, from this place, or from any where all files are pinned."""
+    data, columns = spec.data, spec.columns
+    note = find_note(blobs, data.name, rows_recipe(data, columns, script))
+    if note is None and data.sha256:
+        note = find_note(blobs, data.name, rows_recipe(data, columns, script, pinned=True))
+    return note
 
 
 def audit_again(spec: JobSpec, folder: Path, blobs: Blobs, manifest: Manifest) -> tuple[Finding, ...]:
@@ -74,9 +82,11 @@ def audit_again(spec: JobSpec, folder: Path, blobs: Blobs, manifest: Manifest) -
     Raises:
         IntegrityError: a block is not what was written.
     """
-    recipe = rows_recipe(spec.data, spec.columns, script_of(spec, folder))
+    note = noted_rows(spec, script_of(spec, folder), blobs)
     # The rows say which split the source gave; a data set says which split a row is in.
-    rows = find_rows(blobs, spec.data.name, recipe) or manifest
+    rows = None if note is None else find_rows(blobs, spec.data.name, note.digest)
+    if rows is None or rows.header.blocks != manifest.header.blocks:
+        rows = manifest
     split_R = manifest.columns["split"]
     with open_reader(blobs, rows) as reader:
         fitted = fit_preprocessing(rows, split_R, reader, spec.data)

@@ -16,19 +16,24 @@ from treadle.data import (
     Manifest,
     Means,
     Origin,
+    Watch,
     build_rows,
     build_view,
-    find_dataset,
+    digests_of,
+    find_note,
     find_rows,
     load_manifest,
     note_dataset,
     open_source,
+    pinned_files,
     recipe_digest,
     rows_recipe,
+    watch_source,
 )
 from treadle.errors import ConfigError, DataError, TreadleError
 from treadle.launch.datasets import find_data, script_of
 from treadle.launch.records import freeze
+from treadle.launch.same_rows import find_same_rows
 from treadle.launch.spread import build_means
 from treadle.launch.surroundings import code_facts
 from treadle.plan import Capacity, Plan, make_plan
@@ -49,7 +54,8 @@ def prepare_data(
 ) -> tuple[str, bool]:
     """The digest of the job's data set, and whether it had to be made.
 
-    Where the same rows were prepared before, they are only split, fitted and audited anew; no shard is written.
+    Where the same rows were prepared before, they are only split, fitted and audited anew; no shard is written. Rows
+    are the same where their files are: by `data.sha256`, else by what the files of the source look like or hold now.
 
     Args:
         folder: of the job; holds prepare.py with `prepare(spec: DataSpec) -> Draft`, unless `columns` says what the
@@ -63,38 +69,49 @@ def prepare_data(
     """
     script = script_of(spec, folder)
     name = spec.data.name
-    recipe = recipe_digest(spec.data, spec.columns, spec.split, script)
-    if not again:
-        try:
-            return find_dataset(blobs, name, recipe, job=spec.name), False
-        except DataError:
-            pass
-    of_rows = rows_recipe(spec.data, spec.columns, script)
-    rows = None if again else find_rows(blobs, name, of_rows)
-    if rows is None:
+    watch = watch_source(spec.data, declared=script is None)
+    rows_digest = None if again else find_same_rows(spec, script, blobs, watch)
+    rows = None
+    if rows_digest is not None:
+        if note := find_note(blobs, name, recipe_digest(spec.data, spec.split, rows_digest)):
+            return note.digest, False
+        rows = find_rows(blobs, name, rows_digest)
+    if rows_digest is None or rows is None:
         with build_means(blobs.uri, progress, on_ray=on_ray) as means:
-            digest, rows = _make_rows(spec, script, blobs, of_rows, means)
-        note_dataset(blobs, name, of_rows, digest)
+            rows_digest, rows = _make_rows(spec, script, blobs, means, watch)
+        for recipe in {rows_recipe(spec.data, spec.columns, script), rows.header.recipe}:
+            note_dataset(blobs, name, recipe, rows_digest, files=watch.digest if watch else "")
+    recipe = recipe_digest(spec.data, spec.split, rows_digest)
     digest, _ = build_view(rows, spec.data, spec.split, blobs, recipe=recipe)
     note_dataset(blobs, name, recipe, digest)
     return digest, True
 
 
-def _make_rows(spec: JobSpec, script: Path | None, blobs: Blobs, recipe: str, means: Means) -> tuple[str, Manifest]:
+def _make_rows(
+    spec: JobSpec, script: Path | None, blobs: Blobs, means: Means, watch: Watch | None
+) -> tuple[str, Manifest]:
     if script is not None:
-        return _make_from_script(spec, script, blobs, recipe, means)
+        return _make_from_script(spec, script, blobs, means)
     with tempfile.TemporaryDirectory(prefix="treadle-source-") as scratch:
 
         def grouped(done: int, total: int) -> None:
             means.progress("group bytes", done, total)
 
         source = open_source(spec.data, spec.columns, scratch=Path(scratch), progress=grouped)
-        is_here = spec.columns.layout is Layout.events or str(spec.data.source).startswith(("http://", "https://"))
-        origin = Origin(licence=spec.data.licence, source=spec.data.sha256 or source.digests(), is_here=is_here)
+        place = source.lines.place
+        pins = pinned_files([file.name for file in place.files], spec.data.sha256)  # found right when it was opened
+        origin = Origin(
+            licence=spec.data.licence,
+            source=digests_of(place, pins),
+            is_here=spec.columns.layout is Layout.events or watch is None,
+            files=watch.digest if watch else "",
+            check=lambda: watch.check(place) if watch else None,
+        )
+        recipe = rows_recipe(spec.data, spec.columns, None, pinned=len(pins) == len(place.files))
         return build_rows(source, spec.data, blobs, recipe=recipe, origin=origin, means=means)
 
 
-def _make_from_script(spec: JobSpec, script: Path, blobs: Blobs, recipe: str, means: Means) -> tuple[str, Manifest]:
+def _make_from_script(spec: JobSpec, script: Path, blobs: Blobs, means: Means) -> tuple[str, Manifest]:
     module = _load(script)
     prepare = getattr(module, "prepare", None)
     if not callable(prepare):
@@ -103,6 +120,8 @@ def _make_from_script(spec: JobSpec, script: Path, blobs: Blobs, recipe: str, me
         draft: Any = prepare(spec.data)
         if not isinstance(draft, Draft):
             raise ConfigError(f"{script}: prepare() gave {type(draft).__name__}, expected treadle.data.Draft")
+        pinned = bool(draft.source) and pinned_files(draft.source, spec.data.sha256) == dict(draft.source)
+        recipe = rows_recipe(spec.data, spec.columns, script, pinned=pinned)
         return build_rows(draft, spec.data, blobs, recipe=recipe, means=means)
     except TreadleError:
         raise

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sqlite3
+import time
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from build_rig import CutSource, expected_rows, plain, stored_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treadle.data.build import choose
 from treadle.data.build.inline import run_inline
 from treadle.data.build.pipeline import Means, Origin, build_dataset, build_rows, build_view
+from treadle.data.chunk import Problem
 from treadle.data.draft import Draft, Frames, Labels, Row, Tokens, Values
 from treadle.data.manifest import NO_SPLIT, Manifest
 from treadle.data.shelf import load_manifest
@@ -261,6 +265,23 @@ def test_an_id_that_comes_again_is_named_with_the_first(cuts):
     assert [line["row"] for line in lines] == [4, 6]
 
 
+@pytest.mark.parametrize("spec", [{}, {"on_bad_row": OnBadRow.quarantine, "bad_rows": 0.5}])
+def test_too_many_ids_that_come_again_are_counted_and_few_of_them_told(spec, monkeypatch):
+    source = CutSource(with_ids(["a"] * 30_000), [9_000], per_chunk=10_000)
+    told = []
+
+    def counted(**fields):
+        told.append(fields["number"])
+        return Problem(**fields)
+
+    monkeypatch.setattr(choose, "Problem", counted)
+    with pytest.raises(DataError, match=r"29999.* of 30000") as refused:
+        make(MemoryBlobs(), source, means=Means(), **spec)
+    assert told == list(range(2, 1002))
+    assert "rows:2: id: got the id of rows:1" in refused.value.message
+    assert "... and 29979 more" in refused.value.message
+
+
 def test_bad_rows_fail_the_build_or_are_set_aside():
     rows = [Row(entity=str(i), inputs=np.ones((3, 4)), target="p") for i in range(50)]
     bad = np.ones((2, 4))
@@ -416,6 +437,33 @@ def test_leftovers_of_dead_generators_go_and_of_others_after_a_day(tmp_path):
         blobs.put(f"data/toy/building/{name}/part-000000/run-000000", b"x")
     make(blobs, words_draft())
     assert blobs.children("data/toy/building") == ["c" * 32]
+
+
+def test_a_generator_runs_in_the_thread_that_builds():
+    with sqlite3.connect(":memory:") as connection:  # refuses all threads but its own
+        connection.execute("create table t (w)")
+        connection.executemany("insert into t values (?)", [(w,) for w in WORDS])
+        found = connection.execute("select w from t")
+        rows = (Row(entity=w, inputs=list(w), target="p") for (w,) in found)
+        draft = Draft(rows=rows, inputs=Tokens(), target=Labels(), licence="none")
+        assert make(MemoryBlobs(), draft)[1].num_rows == len(WORDS)
+
+
+def test_an_interrupt_does_not_wait_for_parts_to_end():
+    class Slow(CutSource):
+        def read(self, part):
+            for chunk in super().read(part):
+                if part.start == 0:
+                    raise KeyboardInterrupt
+                time.sleep(0.05)
+                read.append(chunk.num_rows)
+                yield chunk
+
+    read: list[int] = []
+    source = Slow(words_draft(), [1], per_chunk=1)
+    with pytest.raises(KeyboardInterrupt):
+        make(MemoryBlobs(), source)
+    assert len(read) < 20
 
 
 def test_progress_counts_rows():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.data.build.check import check_chunk
+from treadle.data.build.facts import gaps_of
 from treadle.data.chunk import Chunk, Problem, Schema
 from treadle.data.draft import Frames, Labels, Tokens, Values
 from treadle.spec import TargetPer
@@ -211,6 +212,22 @@ def test_times():
     assert good.times_N.tolist() == [5, 5, 1, 2]
     infinite = dataclasses.replace(chunk, times_N=np.array([1, INF, -INF, 1, INF, INF, 0, 0]))
     assert [number for number, _, _ in check(infinite, timed=True)[1]] == [1, 2, 3]
+
+
+def test_gaps_that_float32_cannot_hold():
+    most = float(np.finfo(np.float32).max)
+    times = [0, 1e39, 0, most, -1e308, 1e308, 1, INF, INF, 1, -3e38, 3e38]
+    good, problems = check(frames_chunk([ONE] * 6, times_N=np.array(times)), timed=True)
+    wide = "expected at most 3.40282e+38 between them"
+    assert problems == [
+        (1, "times", f"got 1e+39 at frame 1 after 0.0, {wide}"),
+        (3, "times", f"got 1e+308 at frame 1 after -1e+308, {wide}"),
+        (4, "times", "got inf at frame 1, expected a finite number"),
+        (5, "times", "got inf at frame 0, expected a finite number"),
+        (5, "times", "got 1.0 at frame 1 after inf, expected times that never fall"),
+        (6, "times", f"got 3e+38 at frame 1 after -3e+38, {wide}"),
+    ]
+    assert np.isfinite(gaps_of(good.times_N, np.array([0, 2]))).all()
 
 
 def test_times_beside_rows_without_frames():

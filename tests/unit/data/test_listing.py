@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from dataset_rig import write_dataset
 
@@ -50,6 +52,19 @@ def test_what_is_damaged_is_listed_as_such_and_hides_nothing() -> None:
     assert (first.digest, first.made_at) == (harmed, "2026-11-23T10:00:00Z")
     assert first.damage == f"data/audio/manifests/{harmed}.arrow: not a manifest (no Arrow file)"
     assert (second.digest, second.damage, second.rows, second.made_at) == (sound, "", 8, "")
+
+
+@pytest.mark.parametrize("size", [-(2**31), -9, -1, 0, 8, 2**31 - 1])
+def test_a_head_that_lies_about_its_size_is_damage(size: int) -> None:
+    blobs = MemoryBlobs()
+    manifest, digest = write_dataset(blobs)
+    raw = bytearray(manifest.to_bytes())
+    raw[12:16] = struct.pack("<i", size)
+    blobs.put(f"data/icu/manifests/{digest}.arrow", bytes(raw[:2000]))
+    with pytest.raises(IntegrityError, match=f"data/icu/manifests/{digest}.arrow: not a manifest"):
+        read_header(blobs, "icu", digest)
+    (listed,) = list_datasets(blobs)
+    assert "not a manifest" in listed.damage
 
 
 def test_a_header_is_read_without_the_columns() -> None:

@@ -86,6 +86,16 @@ def test_runs_are_sorted_and_hold_the_rows(blobs):
     assert seen == {row.entity: (list(row.inputs), list(row.target)) for row in rows}
 
 
+def test_a_run_is_written_when_the_text_of_entities_fills_it():
+    rows = [Row(entity=f"{i:03}" + "u" * 1000, inputs=["a"], target=["x"]) for i in range(200)]
+    blobs = MemoryBlobs()
+    source = CutSource(draft(rows))
+    assert write_part(job(blobs, source, run_bytes=20_000), (0, source.parts[0])) == 200
+    runs = read_facts(Scratch(blobs, FOLDER), 0).meta.runs
+    assert max(run.size - run.text_at for run in runs) < 30_000
+    assert len(runs) >= 7
+
+
 def test_a_finished_part_is_taken_as_it_is_unless_a_byte_changed(blobs):
     source = CutSource(draft(words(100)))
     part = (0, source.parts[0])
@@ -107,6 +117,23 @@ def test_a_finished_part_is_taken_as_it_is_unless_a_byte_changed(blobs):
     assert source.reads == [0]
 
 
+def test_no_changed_byte_of_facts_goes_unseen(blobs):
+    source = CutSource(draft([dataclasses.replace(row, weight=1.5) for row in words(60)]))
+    part = (0, source.parts[0])
+    write_part(job(blobs, source), part)
+    key = f"{FOLDER}/part-000000/facts.arrow"
+    whole = blobs.get(key)
+    weights = np.full(5, 1.5, np.float32).tobytes()
+    for place in [whole.index(weights) + 2, *range(0, len(whole), 487)]:
+        blobs.put(key, whole[:place] + bytes([whole[place] ^ 0x20]) + whole[place + 1 :])
+        with pytest.raises(IntegrityError, match="expected the facts of a part"):
+            read_facts(Scratch(blobs, FOLDER), 0)
+    source.reads.clear()
+    assert write_part(job(blobs, source), part) == 60
+    assert source.reads == [0]
+    assert blobs.get(key) == whole
+
+
 def test_facts_that_are_damaged_are_no_facts(blobs):
     source = CutSource(draft(words(20)))
     scratch = Scratch(blobs, FOLDER)
@@ -116,7 +143,7 @@ def test_facts_that_are_damaged_are_no_facts(blobs):
     key = f"{FOLDER}/part-000000/facts.arrow"
     data = blobs.get(key)
     blobs.put(key, data[:200])
-    with pytest.raises(IntegrityError, match="not the facts of a part"):
+    with pytest.raises(IntegrityError, match="expected the facts of a part"):
         read_facts(scratch, 0)
     assert write_part(job(blobs, source), (0, source.parts[0])) == 20
     assert blobs.get(key) == data

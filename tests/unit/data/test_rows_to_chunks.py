@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -206,3 +207,49 @@ def test_rows_that_are_dropped_take_their_names_along():
     assert keep_rows(chunk, np.ones(3, bool)) is chunk
     ids, names = used_names(np.array([2, -1, 0], np.int32), ("x", "y", "z"))
     assert (ids.tolist(), names) == ([1, -1, 0], ("x", "z"))
+
+
+def test_a_generator_may_fill_one_buffer_for_all_rows():
+    def rows():
+        inputs, target, times = np.zeros((2, 2), np.float32), np.zeros(1, np.float32), np.zeros(2)
+        for i in range(3):
+            inputs[:], target[:], times[:] = i, 10 + i, 20 + i
+            yield Row(entity=str(i), inputs=inputs, target=target, times=times)
+
+    [chunk] = chunks(rows(), FRAMES, Values(names=("v",)))
+    assert chunk.inputs[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert chunk.targets.tolist() == [[10], [11], [12]]
+    assert chunk.times_N.tolist() == [20, 20, 21, 21, 22, 22]
+
+
+def test_large_arrays_are_not_held_for_a_view_of_them():
+    held = []
+
+    def rows():
+        for _ in range(4):
+            large = np.zeros((100_000, 2), np.float32)
+            held.append(weakref.ref(large))
+            yield Row(entity="e", inputs=large[:2])
+            del large
+
+    seen = DraftSource(Draft(rows=rows(), inputs=FRAMES, target=None, licence=""))
+    [chunk] = seen.read(seen.parts[0])
+    assert chunk.num_rows == 4
+    assert sum(ref() is not None for ref in held) <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, object])
+def test_what_is_masked_is_missing(dtype):
+    masked = np.ma.masked_array(np.array([[1, -9999], [3, 4]], dtype), mask=[[0, 1], [0, 0]])
+    for inputs in (masked, list(masked), tuple(masked)):
+        [chunk] = chunks([Row(entity="e", inputs=inputs, target=masked[0])], FRAMES, Values(names=("u", "v")))
+        assert np.array_equal(chunk.inputs, [[1, np.nan], [3, 4]], equal_nan=True)
+        assert np.array_equal(chunk.targets, [[1, np.nan]], equal_nan=True)
+    assert said([Row(entity="e", inputs=np.ma.masked_array(["a"], mask=[1]))], FRAMES)[0][1] == "inputs"
+
+
+def test_no_zero_of_a_row_is_negative():
+    rows = [Row(entity="e", inputs=[[0, 0]], times=[-0.0], time=-0.0, weight=-0.0)]
+    [chunk] = chunks(rows, FRAMES)
+    for array in (chunk.times_N, chunk.time_R, chunk.weight_R):
+        assert not np.signbit(array).any()

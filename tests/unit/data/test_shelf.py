@@ -13,6 +13,7 @@ from treadle.data.manifest import Manifest
 from treadle.data.shelf import (
     check_shards,
     find_dataset,
+    find_note,
     find_rows,
     load_manifest,
     note_dataset,
@@ -41,37 +42,39 @@ def draft(words):
     return Draft(rows=rows, inputs=Tokens(), target=Labels(per=TargetPer.sequence), licence="none")
 
 
-def test_a_recipe_is_data_columns_split_and_script(script, tmp_path):
-    recipe = recipe_digest(SPEC, COLUMNS, SPLIT, script)
-    assert recipe == recipe_digest(DataSpec(name="toy", source="/here"), COLUMNS, SplitSpec(test=5), script)
+def test_a_recipe_of_rows_is_data_columns_and_script(script, tmp_path):
+    recipe = rows_recipe(SPEC, COLUMNS, script)
+    assert recipe == rows_recipe(DataSpec(name="toy", source="/here"), COLUMNS, script)
     others = {
-        recipe_digest(dataclasses.replace(SPEC, **change), COLUMNS, SPLIT, script)
-        for change in (
-            {"limit": 5},
-            {"source": "/there"},
-            {"max_length": 7},
-            {"missing": Missing.mean},
-            {"gaps": True},
-            {"allow_leaks": [Leak.content]},
-        )
+        rows_recipe(dataclasses.replace(SPEC, **change), COLUMNS, script)
+        for change in ({"limit": 5}, {"source": "/there"}, {"max_length": 7}, {"missing": Missing.mean}, {"gaps": True})
     }
-    others |= {
-        recipe_digest(SPEC, COLUMNS, dataclasses.replace(SPLIT, **change), script)
-        for change in ({"valid": 1}, {"seed": 1}, {"by": SplitBy.time})
-    }
-    others |= {recipe_digest(SPEC, ColumnsSpec(inputs=["y"]), SPLIT, script), recipe_digest(SPEC, COLUMNS, SPLIT, None)}
-    assert len(others | {recipe}) == 12
+    others |= {rows_recipe(SPEC, ColumnsSpec(inputs=["y"]), script), rows_recipe(SPEC, COLUMNS, None)}
+    assert len(others | {recipe}) == 8
     elsewhere = tmp_path / "copy.py"
     elsewhere.write_text(script.read_text())
-    assert recipe_digest(SPEC, COLUMNS, SPLIT, elsewhere) == recipe
+    assert rows_recipe(SPEC, COLUMNS, elsewhere) == recipe
     script.write_text("a = 2\n")
-    assert recipe_digest(SPEC, COLUMNS, SPLIT, script) != recipe
+    assert rows_recipe(SPEC, COLUMNS, script) != recipe
+
+
+def test_a_recipe_of_a_data_set_is_its_rows_and_how_they_are_split_and_read():
+    recipe = recipe_digest(SPEC, SPLIT, "r")
+    assert recipe == recipe_digest(dataclasses.replace(SPEC, source="/there"), SplitSpec(test=5), "r")
+    others = {
+        recipe_digest(dataclasses.replace(SPEC, **change), SPLIT, "r")
+        for change in ({"missing": Missing.mean}, {"gaps": True}, {"allow_leaks": [Leak.content]})
+    }
+    others |= {
+        recipe_digest(SPEC, dataclasses.replace(SPLIT, **change), "r")
+        for change in ({"valid": 1}, {"seed": 1}, {"by": SplitBy.time})
+    }
+    assert len(others | {recipe, recipe_digest(SPEC, SPLIT, "s")}) == 8
 
 
 def test_rows_have_one_recipe_whatever_is_made_of_them(script):
     for used in (script, None):
         recipe = rows_recipe(SPEC, COLUMNS, used)
-        assert recipe != recipe_digest(SPEC, COLUMNS, SplitSpec(), used)
         assert rows_recipe(dataclasses.replace(SPEC, allow_leaks=[Leak.content]), COLUMNS, used) == recipe
         for change in ({"limit": 5}, {"max_length": 7}, {"on_bad_row": OnBadRow.quarantine}, {"missing": Missing.mean}):
             assert rows_recipe(dataclasses.replace(SPEC, **change), COLUMNS, used) != recipe
@@ -82,13 +85,25 @@ def test_rows_have_one_recipe_whatever_is_made_of_them(script):
     assert len({rows_recipe(dataclasses.replace(SPEC, missing=m), COLUMNS, script) for m in Missing}) == 3
 
 
-def test_where_pinned_files_come_from_does_not_count(script):
+def test_where_files_come_from_does_not_count_if_all_are_pinned(script):
     pinned = dataclasses.replace(SPEC, sha256={"a": "00"})
     there = dataclasses.replace(pinned, source="/there")
-    assert recipe_digest(pinned, COLUMNS, SPLIT, script) == recipe_digest(there, COLUMNS, SPLIT, script)
-    assert rows_recipe(pinned, COLUMNS, None) == rows_recipe(there, COLUMNS, None)
-    other = dataclasses.replace(pinned, sha256={"a": "01"})
-    assert recipe_digest(pinned, COLUMNS, SPLIT, script) != recipe_digest(other, COLUMNS, SPLIT, script)
+    for used in (script, None):
+        recipe = rows_recipe(pinned, COLUMNS, used, pinned=True)
+        assert rows_recipe(there, COLUMNS, used, pinned=True) == recipe
+        assert len({recipe, rows_recipe(pinned, COLUMNS, used), rows_recipe(there, COLUMNS, used)}) == 3
+        other = dataclasses.replace(pinned, sha256={"a": "01"})
+        assert rows_recipe(other, COLUMNS, used, pinned=True) != recipe
+
+
+def test_a_note_says_what_the_files_looked_like():
+    blobs = MemoryBlobs()
+    assert find_note(blobs, "toy", "r") is None
+    note_dataset(blobs, "toy", "r", "d", files="f")
+    note = find_note(blobs, "toy", "r")
+    assert note is not None
+    assert (note.digest, note.files) == ("d", "f")
+    assert note.made_at.startswith("20")
 
 
 def test_recipes_of_one_name_live_side_by_side():
@@ -140,36 +155,35 @@ def test_bytes_that_are_no_manifest_are_refused_though_their_digest_fits():
 
 @pytest.fixture
 def built(tmp_path):
-    """A store with noted rows of several shards."""
+    """A store with rows of several shards, and their digest."""
     blobs = LocalBlobs(tmp_path / "store")
     words = [f"{i:04b}" for i in range(200)]
     digest, rows = build_rows(draft(words), SPEC, blobs, recipe="r", means=Means(shard_bytes=2000, block_bytes=500))
-    note_dataset(blobs, "toy", "rows", digest)
-    return blobs, rows
+    return blobs, rows, digest
 
 
 def test_rows_are_found_while_all_of_them_are_there(built):
-    blobs, rows = built
-    found = find_rows(blobs, "toy", "rows")
+    blobs, rows, digest = built
+    found = find_rows(blobs, "toy", digest)
     assert found is not None
     assert found.header == rows.header
-    assert find_rows(blobs, "toy", "other") is None
+    assert find_rows(blobs, "toy", "0" * 64) is None
     blobs.delete(rows.header.blocks[-1].key)
-    assert find_rows(blobs, "toy", "rows") is None
+    assert find_rows(blobs, "toy", digest) is None
 
 
 def test_rows_whose_manifest_is_damaged_or_gone_are_not_found(built):
-    blobs, _ = built
+    blobs, _, digest = built
     (entry,) = blobs.list("data/toy/rows/")
     data = blobs.get(entry.key)
     blobs.put(entry.key, data[:-1] + b"x")
-    assert find_rows(blobs, "toy", "rows") is None
+    assert find_rows(blobs, "toy", digest) is None
     blobs.delete(entry.key)
-    assert find_rows(blobs, "toy", "rows") is None
+    assert find_rows(blobs, "toy", digest) is None
 
 
 def test_shards_that_are_short_gone_or_linked_are_named(built, tmp_path):
-    blobs, rows = built
+    blobs, rows, _ = built
     check_shards(blobs, rows)
     key = rows.header.blocks[0].key
     path = blobs.local_path(key)

@@ -23,6 +23,8 @@ from treadle.spec import TargetPer
 
 __all__ = ["check_chunk"]
 
+_WIDEST = float(np.finfo(np.float32).max)
+"""Gaps between frames are kept as float32."""
 _TILE = 4096
 """Values that are reduced side by side: reducing by rows of a few channels is eight times slower."""
 
@@ -156,15 +158,20 @@ def _check_times(found: _Found) -> None:
         return
     finite = np.isfinite(times)
     found.elements(~finite, lengths, "times", lambda n, at: f"got {times[n]} at frame {at}, expected a finite number")
-    with np.errstate(invalid="ignore"):  # infinite less infinite
-        falls = np.concatenate([[False], np.diff(times) < 0])
-    starts = (np.cumsum(lengths) - lengths)[lengths > 0]
-    falls[starts] = False
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite less infinite, and most less least
+        gaps = np.diff(times, prepend=times[:1])
+    gaps[(np.cumsum(lengths) - lengths)[lengths > 0]] = 0
     found.elements(
-        falls,
+        gaps < 0,
         lengths,
         "times",
         lambda n, at: f"got {times[n]} at frame {at} after {times[n - 1]}, expected times that never fall",
+    )
+    found.elements(
+        (gaps > _WIDEST) & finite & np.append(True, finite[:-1]),
+        lengths,
+        "times",
+        lambda n, at: f"got {times[n]} at frame {at} after {times[n - 1]}, expected at most {_WIDEST:g} between them",
     )
 
 

@@ -57,12 +57,10 @@ def choose_rows(data: DataSpec, columns: Columns, metas: Sequence[PartMeta]) -> 
     for meta in metas:
         quarantine.add(meta.problems)
     kept_R = _within_limit(columns["entity"], data.limit)
-    repeated: dict[int, Problem] = {}
+    num_good = sum(meta.num_good for meta in metas)
     if any(meta.keyed for meta in metas):
-        repeated = _repeated_ids(columns, kept_R, metas)
-        kept_R[list(repeated)] = False
-        quarantine.add(repeated.values())
-    lines = quarantine.close(sum(meta.num_good for meta in metas) - len(repeated))
+        num_good -= _leave_repeated(columns, kept_R, metas, quarantine)
+    lines = quarantine.close(num_good)
     if not kept_R.any():
         raise DataError(f"data.{data.name}: got no rows, expected at least one", hint="look at data.source")
     order = row_order(columns)
@@ -76,26 +74,29 @@ def _within_limit(entity_R: NDArray[np.uint64], limit: int | None) -> NDArray[np
     return entity_R <= smallest[-1] if len(smallest) else np.ones(len(entity_R), bool)
 
 
-def _repeated_ids(columns: Columns, kept_R: NDArray[np.bool_], metas: Sequence[PartMeta]) -> dict[int, Problem]:
-    """The rows whose id an earlier row of the source has, with the problem of each."""
+def _leave_repeated(
+    columns: Columns, kept_R: NDArray[np.bool_], metas: Sequence[PartMeta], quarantine: Quarantine
+) -> int:
+    """Take rows whose id an earlier row of the source has from those that are kept; gives how many these are."""
     part_R = np.repeat(np.arange(len(metas)), [sum(run.rows for run in meta.runs) for meta in metas])
     rows = np.flatnonzero(kept_R)
     rows = rows[np.lexsort((columns["place"][rows], part_R[rows]))]
     ids = columns["id"][rows]
     repeats = duplicate_ids(ids)
-    if not len(repeats):
-        return {}
-    is_repeated = np.isin(ids, ids[repeats])
-    first = dict(zip(ids[is_repeated][::-1].tolist(), rows[is_repeated][::-1].tolist(), strict=True))
+    kept_R[rows[repeats]] = False
+    told = repeats[: quarantine.room(len(repeats), sum(meta.num_good for meta in metas))]
+    seen, first = np.unique(ids, return_index=True)
 
     def place(row: int) -> tuple[str, int]:
         return metas[part_R[row]].files[columns["file"][row]], int(columns["number"][row])
 
-    found: dict[int, Problem] = {}
-    for at in repeats.tolist():
-        row = int(rows[at])
-        before, (file, number) = place(first[int(ids[at])]), place(row)
+    def problem(row: int, earlier: int) -> Problem:
+        before, (file, number) = place(earlier), place(row)
         named = f"{before[0]}:{before[1]}" if before[0] else f"row {before[1]}"
         message = f"got the id of {named}, expected one that no other row has"
-        found[row] = Problem(file=file, number=number, column="id", message=message)
-    return found
+        return Problem(file=file, number=number, column="id", message=message)
+
+    firsts = rows[first[np.searchsorted(seen, ids[told])]]
+    quarantine.add(map(problem, rows[told].tolist(), firsts.tolist()))
+    quarantine.count(len(repeats) - len(told))
+    return len(repeats)

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from treadle import wire
 from treadle.data.build.check import check_chunk
 from treadle.data.build.facts import FACTS, Hashes, chunk_facts, gaps_of, hash_texts
+from treadle.data.build.inline import leave_if_stopped
 from treadle.data.build.runs import OpenRun, Run
 from treadle.data.build.scratch import Scratch, Shelf
 from treadle.data.chunk import CHUNK_BYTES, Chunk, Part, Problem, Source, keep_rows
@@ -30,6 +32,9 @@ from treadle.errors import IntegrityError, NotFoundError
 __all__ = ["PartFacts", "PartJob", "read_facts", "write_part"]
 
 _SCHEMA = 1
+_DIGEST_BYTES = 16
+"""Facts end with the xxh3_128 of all before: nothing waits for the disk to have them."""
+_AGAIN = "treadle data build once more: it makes the parts that are damaged again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,7 @@ def write_part(job: PartJob, numbered: tuple[int, Part]) -> int:
         return done
     writer = _PartWriter(job, scratch, number)
     for chunk in job.source.read(part):
+        leave_if_stopped()
         if not writer.add(chunk):
             break
     return writer.close()
@@ -112,13 +118,16 @@ def read_facts(scratch: Scratch, number: int) -> PartFacts:
         NotFoundError: it is not finished. IntegrityError: its facts are damaged.
     """
     name = _facts_name(number)
-    data = scratch.read(name)
+    data = memoryview(scratch.read(name))
+    data, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    if xxhash.xxh3_128_digest(data) != digest:
+        raise IntegrityError(f"{name}: got other bytes than were written, expected the facts of a part", hint=_AGAIN)
     try:
         table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
         meta = table.schema.metadata[b"treadle"]
         columns = {column: table.column(column).to_numpy() for column in FACTS.names}
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{name}: not the facts of a part ({error})", hint="prepare again") from None
+        raise IntegrityError(f"{name}: not the facts of a part ({error})", hint=_AGAIN) from None
     return PartFacts(columns=columns, meta=wire.unrecord(PartMeta, meta, kind="part", schema=_SCHEMA, where=name))
 
 
@@ -184,7 +193,8 @@ class _PartWriter:
             for columns in self._columns:
                 arrays = [pa.array(columns[field.name], field.type) for field in FACTS]
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
-        self._scratch.write(_facts_name(self._number), [sink.getvalue()])
+        facts = sink.getbuffer()
+        self._scratch.write(_facts_name(self._number), [facts, xxhash.xxh3_128_digest(facts)])
         return sum(run.rows for run in self._runs)
 
     def _within_limit(self, entity_R: Hashes, limit: int) -> NDArray[np.bool_]:
@@ -195,7 +205,9 @@ class _PartWriter:
     def _keep(self, chunk: Chunk) -> None:
         symbol_ids, symbol_hashes = self._symbols.number(chunk.symbols)
         label_ids, label_hashes = self._labels.number(chunk.labels)
-        gaps_N = None if chunk.times_N is None else gaps_of(chunk.times_N, starts_of(chunk.lengths_R))
+        gaps_N = chunk.gaps_N
+        if gaps_N is None and chunk.times_N is not None:
+            gaps_N = gaps_of(chunk.times_N, starts_of(chunk.lengths_R))
         columns = chunk_facts(chunk, gaps_N, per=self._per, tables=(symbol_hashes, label_hashes))
         places = np.arange(self._num_placed, self._num_placed + chunk.num_rows)
         file = self._files.setdefault(chunk.file, len(self._files))

@@ -71,11 +71,15 @@ class Origin:
     Args:
         licence: a line for people. source: sha256 by file name.
         is_here: whether only this process, on this machine, can read the source.
+        files: what the files looked like before all of that; a killed build of others is not gone on with.
+        check: called when all is read; raises if the files are no longer as they were.
     """
 
     licence: str
     source: Mapping[str, str] = field(default_factory=dict)
     is_here: bool = False
+    files: str = ""
+    check: Callable[[], None] = lambda: None
 
 
 def build_dataset(
@@ -113,7 +117,7 @@ def build_rows(
 
     Raises:
         DataError: no rows, or more that break rules than `data` allows, the first 20 of them listed.
-        ConflictError: another process builds the same in the same folder.
+        ConflictError: another process builds the same in the same folder. IntegrityError: the source has changed since.
 
     Cost: time to write everything twice; memory of two runs or two zones (some 300 MB), and 150 bytes a row.
     """
@@ -124,6 +128,7 @@ def build_rows(
     with claim(shelf, data.name, _build_id(source, recipe, origin), once=is_draft) as folder:
         build = _Build(source=source, data=data, shelf=shelf, folder=folder, means=means)
         columns, metas = build.sort(is_here=origin.is_here)
+        origin.check()
         order, bad_lines, num_bad = choose_rows(data, columns, metas)
         job, blocks = build.write(columns, order, metas)
         header = Header(
@@ -191,7 +196,9 @@ class _Build:
             most_bad=_MOST_BAD[self.data.on_bad_row],
             run_bytes=self.means.run_bytes,
         )
-        run = run_inline if is_here else self.means.run
+        run = self.means.run
+        if is_here:  # a generator may hold what belongs to this thread, such as a connection to a database
+            run = map if len(parts) == 1 else run_inline
         counts: list[int] = []
         for count in run(functools.partial(write_part, job), enumerate(parts)):
             counts.append(count)
@@ -247,7 +254,8 @@ class _Build:
 def _build_id(source: Source, recipe: str, origin: Origin) -> str:
     """What a rerun of a killed build has in common with it; paths may differ, as those of downloads do."""
     parts = [wire.encode(dataclasses.replace(part, path="")) for part in source.parts]
-    return wire.digest({"recipe": recipe, "source": dict(origin.source), "parts": parts, "schema": SCHEMA})
+    read = {"source": dict(origin.source), "files": origin.files, "parts": parts}
+    return wire.digest(read | {"recipe": recipe, "schema": SCHEMA})
 
 
 def _global_labels(columns: Columns, metas: Sequence[PartMeta], job: ZoneJob) -> Any:

@@ -57,6 +57,21 @@ class Quarantine:
                 self._dropped_problems += len(self._rows.pop(key))
                 self._dropped += 1
 
+    def count(self, rows: int) -> None:
+        """More rows with a problem each, which need not be told: there are others, and too many."""
+        self._dropped += rows
+        self._dropped_problems += rows
+
+    def room(self, more: int, good_rows: int) -> int:
+        """Of `more` rows of the `good_rows` that turn out bad, how many need a problem: all, unless they are too many.
+
+        An error then names a few of them, and 10^8 problems would be 40 GB.
+        """
+        is_fatal = self._spec.on_bad_row is OnBadRow.fail or self.num_rows + more > self.allowed(
+            good_rows + self.num_rows
+        )
+        return min(more, 50 * SHOWN) if is_fatal else more
+
     def close(self, good_rows: int) -> bytes:
         """The file of the rows set aside, a JSON object a line by file and number; b"" where there are none.
 

@@ -26,7 +26,7 @@ __all__ = ["OpenRun", "Run"]
 
 _PIECE_BYTES = 4 << 20
 _ROW_BYTES = 128
-"""Of the facts of a row and its entity, about."""
+"""Of the facts of a row, about."""
 _REUSED = Reused()
 
 
@@ -70,12 +70,13 @@ class OpenRun:
         self._gaps = _Gathered("gaps", 0)
         self._texts: list[pa.StringArray] = []
         self._columns: list[dict[str, NDArray[Any]]] = []
-        self.rows = 0
+        self.rows = self._text_bytes = 0
 
     @property
     def size(self) -> int:
         """Bytes in memory, about."""
-        return self._values.size + self._targets.size + self._gaps.size + self.rows * _ROW_BYTES
+        fixed = self.rows * _ROW_BYTES
+        return self._values.size + self._targets.size + self._gaps.size + self._text_bytes + fixed
 
     def add(
         self,
@@ -90,6 +91,7 @@ class OpenRun:
         if gaps is not None:
             self._gaps.append(gaps[:, None])
         self._texts.append(texts)
+        self._text_bytes += texts.nbytes
         self._columns.append(columns)
         self.rows += len(texts)
 
@@ -122,7 +124,7 @@ class OpenRun:
         )
         for gathered in (self._values, self._targets, self._gaps):
             gathered.clear()
-        self._texts, self._columns, self.rows = [], [], 0
+        self._texts, self._columns, self.rows, self._text_bytes = [], [], 0, 0
         return run, sorted_columns
 
 

@@ -28,6 +28,8 @@ KEPT = dt.timedelta(days=1)
 """What a build that died left is kept so long, for its rerun."""
 _REQUESTS = 16
 """To a far store at a time: with a delay of 25 ms, one after the other brings an eighth of the rate."""
+_NUM_TRIES = 20
+"""To lock a folder that others delete meanwhile."""
 _ONCE = "once-"
 _CLAIM = "build.json"
 
@@ -169,7 +171,7 @@ def claim(shelf: Shelf, name: str, build: str, *, once: bool) -> Iterator[str]:
         shelf.put(f"{folder}/{_CLAIM}", wire.canonical({"started": dt.datetime.now(dt.UTC).isoformat()}))
         try:
             yield folder
-        except (DataError, ConfigError):  # a rerun fails alike, or reads something else
+        except (DataError, ConfigError, IntegrityError):  # a rerun fails alike, or reads something else
             _remove(shelf, folder)
             raise
         except BaseException:
@@ -201,7 +203,11 @@ def _age(shelf: Shelf, folder: str) -> dt.timedelta:
 def _remove(shelf: Shelf, folder: str) -> None:
     path = shelf.local_path(folder)
     if path is not None:
-        shutil.rmtree(path, ignore_errors=True)
+        # Another build may begin in this folder as soon as its lock is gone, and must not lose files to us.
+        gone = path.with_name(f"{_ONCE}gone-{uuid.uuid4().hex}")
+        with contextlib.suppress(OSError):
+            path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
         with contextlib.suppress(OSError):  # others are building beside
             path.parent.rmdir()
         return
@@ -216,18 +222,31 @@ def _locked(shelf: Shelf, folder: str) -> Iterator[bool]:
     if path is None:
         yield True
         return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise ConfigError(f"{path}: got {error.strerror}, expected a folder to keep sorted rows in") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(handle)
+    with contextlib.ExitStack() as held:
+        try:
+            is_ours = _lock(path, held)
+        except OSError as error:
+            raise ConfigError(f"{path}: got {error.strerror}, expected a folder to keep sorted rows in") from error
+        yield is_ours
+
+
+def _lock(path: Path, held: contextlib.ExitStack) -> bool:
+    """Whether a folder could be locked; `held` gives it back."""
+    lock = path / ".lock"
+    for _ in range(_NUM_TRIES):
+        # Its owner may delete it meanwhile: a lock on what has no name any more keeps nobody out.
+        with contextlib.ExitStack() as opened, contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileExistsError):  # raised too where what exists is deleted while it is looked at
+                path.mkdir(parents=True)
+            file = opened.enter_context(lock.open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                held.enter_context(opened.pop_all())
+                return True
+    return False
 
 
 @contextlib.contextmanager

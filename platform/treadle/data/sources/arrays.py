@@ -30,14 +30,12 @@ __all__ = [
     "plain",
     "side_by_side",
     "texts",
-    "times",
     "vectors",
 ]
 
 compute: Any = pyarrow.compute
 """Its functions are made while it is imported, so that type checkers do not know them."""
 
-_DAYS = {"s": 86_400, "ms": 86_400 * 10**3, "us": 86_400 * 10**6, "ns": 86_400 * 10**9}
 _TILE_ROWS = 2048
 
 
@@ -152,16 +150,18 @@ def _unchanged(array: Any) -> NDArray[Any]:
 
 
 def vectors(array: Any, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-    """Lists of `width` numbers as [N, D], NaN where there is none; and which of them have another length, if any."""
+    """Lists of `width` numbers as [N, D]; NaN where there is none or one of another length; and which these are."""
     array = plain(array)
     lengths_N, flat = flat_lists(array)
     if not array.null_count and (not len(lengths_N) or (lengths_N.min() == lengths_N.max() == width)):
         return numbers(flat).reshape(-1, width), None
     there_N = array.is_valid().to_numpy(zero_copy_only=False)
     wrong_N = there_N & (lengths_N != width)
+    good_N = there_N & ~wrong_N
+    if wrong_N.any():
+        _, flat = flat_lists(array.filter(pa.array(good_N)))
     out_ND = np.full((len(array), width), np.nan, np.float32)
-    if not wrong_N.any():
-        out_ND[there_N] = numbers(flat).reshape(-1, width)
+    out_ND[good_N] = numbers(flat).reshape(-1, width)
     return out_ND, wrong_N if wrong_N.any() else None
 
 
@@ -185,42 +185,7 @@ def texts(array: Any) -> pa.StringArray:
     array = plain(array)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    return array.cast(pa.string())
-
-
-def times(array: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_] | None]:
-    """Numbers as they are, dates and timestamps as days since 1970-01-01 UTC, NaN for null; and which text is none.
-
-    A time without a zone is taken as UTC.
-    """
-    array = plain(array)
-    type_ = array.type
-    if is_text(type_):
-        return _parsed_times(texts(array))
-    if pa.types.is_date32(type_):
-        return numbers(array.cast(pa.int32()), np.float64), None
-    if pa.types.is_date64(type_):
-        return numbers(array.cast(pa.int64()), np.float64) / _DAYS["ms"], None
-    if pa.types.is_timestamp(type_):
-        return numbers(array.cast(pa.int64()), np.float64) / _DAYS[type_.unit], None
-    return numbers(array, np.float64), None
-
-
-def _parsed_times(array: pa.StringArray) -> tuple[NDArray[np.float64], NDArray[np.bool_] | None]:
-    for type_ in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
-        try:
-            return times(array.cast(type_))
-        except pa.ArrowInvalid:
-            continue
-    found = np.array([_time_of(text) for text in array], np.float64)
-    wrong = np.isnan(found) & array.is_valid().to_numpy(zero_copy_only=False)
-    return found, wrong if wrong.any() else None
-
-
-def _time_of(text: Any) -> float:
-    for type_ in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
-        try:
-            return float(times(pa.array([text.cast(type_)], type_))[0][0])
-        except pa.ArrowInvalid:
-            continue
-    return float("nan")
+    try:
+        return array.cast(pa.string())
+    except pa.ArrowInvalid:  # its place in more than 2 GiB of large text: of its own it is less
+        return array.take(pa.array(np.arange(len(array)))).cast(pa.string())

@@ -5,8 +5,8 @@ Shape letters: R rows, N frames of all rows laid end to end, D channels, U targe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,16 @@ from treadle.data.sources.arrays import (
     plain,
     side_by_side,
     texts,
-    times,
     vectors,
 )
+from treadle.data.sources.clock import Clock, clock_of
 from treadle.data.sources.tables import Piece
 from treadle.errors import DataError
 from treadle.spec import ColumnsSpec, TargetPer
 
 __all__ = ["Reading", "to_chunk"]
+
+_TIME = "expected as 2026-01-31T12:00:00"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +49,14 @@ class Reading:
         columns: which is what. schema: what is expected of them.
         first: the file that the schema was inferred from, for messages.
         several: whether there are several files, so that a row's number alone does not name it.
+        clocks: of `times` and `time` in the first file; others have times of the same kind, be it another unit.
     """
 
     columns: ColumnsSpec
     schema: Schema
     first: str
     several: bool
+    clocks: Mapping[str, Clock] = field(default_factory=dict)
 
 
 class _Faults:
@@ -98,6 +102,7 @@ def _converted(piece: Piece, file: str, reading: Reading, split: int, faults: _F
     target_lengths_R, targets, labels = columns.target(schema.target)
     entity_R = columns.text("entity") if spec.entity else _numbered(piece.number_R, file if reading.several else "")
     group_R = compute.coalesce(columns.text("group"), entity_R) if spec.group else None
+    times_N, gaps_N = columns.times(lengths_R) if schema.timed else (None, None)
     return Chunk(
         file=file,
         number_R=piece.number_R,
@@ -107,13 +112,14 @@ def _converted(piece: Piece, file: str, reading: Reading, split: int, faults: _F
         target_lengths_R=target_lengths_R,
         targets=targets,
         labels=labels,
-        times_N=columns.times(lengths_R) if schema.timed else None,
+        times_N=times_N,
         entity_R=entity_R,
         group_R=group_R,
         id_R=columns.text("id") if spec.id else None,
         time_R=columns.time() if spec.time else np.full(batch.num_rows, np.nan),
         weight_R=columns.number("weight") if spec.weight else np.ones(batch.num_rows, np.float32),
         split_R=columns.split() if spec.split else np.full(batch.num_rows, split, np.int8),
+        gaps_N=gaps_N,
         problems=piece.problems,
     )
 
@@ -128,6 +134,7 @@ class _Columns:
 
     def __init__(self, batch: pa.RecordBatch, file: str, reading: Reading, faults: _Faults) -> None:
         self.batch, self.file, self.first, self.spec, self.faults = batch, file, reading.first, reading.columns, faults
+        self.clocks = reading.clocks
 
     def inputs(self, inputs: Tokens | Frames) -> tuple[NDArray[np.int64], NDArray[Any], tuple[str, ...]]:
         if isinstance(inputs, Tokens):
@@ -202,44 +209,55 @@ class _Columns:
         lengths_R, flat = flat_lists(column)
         values_ND, wrong_N = vectors(flat, width)
         if wrong_N is not None:
-            rows_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
-            wrong_R = np.zeros(len(lengths_R), bool)
-            wrong_R[rows_N[wrong_N]] = True
             self.faults.add(
-                wrong_R, name, lambda row: f"got a frame of another width, expected {width} numbers in each"
+                _rows_with(wrong_N, lengths_R),
+                name,
+                lambda row: f"got a frame of another width, expected {width} numbers in each",
             )
         return lengths_R, values_ND
 
-    def times(self, lengths_R: NDArray[np.int64]) -> NDArray[np.float64]:
+    def times(self, lengths_R: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
+        """Times, and gaps where the column has them more exactly."""
         name = self.spec.times or ""
         column = plain(self.batch.column(name))
         self.expect(name, "times", lambda t: is_list(t) and is_time(element_type(t)), "lists of numbers or times")
-        counts_R, flat = flat_lists(column)
-        times_N, wrong_N = times(flat)
+        lengths, flat = flat_lists(column)
+        clock, counts, wrong_N = self.counted("times", name, flat)
         self.faults.add(
-            counts_R != lengths_R,
-            name,
-            lambda row: f"got {counts_R[row]} times, expected {lengths_R[row]}, one a frame",
+            lengths != lengths_R, name, lambda row: f"got {lengths[row]} times, expected {lengths_R[row]}, one a frame"
         )
+        times_N, gaps_N = clock.times(counts), clock.gaps(counts, np.cumsum(lengths) - lengths)
         if wrong_N is not None:
-            wrong_R = np.zeros(len(counts_R), bool)
-            wrong_R[np.repeat(np.arange(len(counts_R)), counts_R)[wrong_N]] = True
-            self.faults.add(wrong_R, name, lambda row: "got text that is no time, expected as 2026-01-31T12:00:00")
-        return times_N
+            self.faults.add(_rows_with(wrong_N, lengths), name, lambda row: f"got text that is no time, {_TIME}")
+        if gaps_N is not None:
+            fall_N = _hidden_falls(counts.fill_null(0).to_numpy(zero_copy_only=False), times_N)
+            fall_N[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+            self.faults.add(
+                _rows_with(fall_N, lengths),
+                name,
+                lambda row: "got times that fall by less than float64 shows, expected times that never fall",
+            )
+        return times_N, gaps_N
 
     def time(self) -> NDArray[np.float64]:
         name = self.spec.time or ""
         self.expect(name, "time", is_time, "numbers, dates or timestamps")
         column = self.batch.column(name)
-        time_R, wrong_R = times(column)
+        clock, counts, wrong_R = self.counted("time", name, column)
         if wrong_R is not None:
-            self.faults.add(wrong_R, name, lambda row: f"got {column[row].as_py()!r}, expected as 2026-01-31T12:00:00")
-        return time_R
+            self.faults.add(wrong_R, name, lambda row: f"got {column[row].as_py()!r}, {_TIME}")
+        return clock.times(counts)
+
+    def counted(self, key: str, name: str, array: Any) -> tuple[Clock, Any, NDArray[np.bool_] | None]:
+        """Times by a clock of their own unit."""
+        clock, place = clock_of(array.type), f"{self.file}: columns.{key}: {name!r}"
+        self.clocks.get(key, clock).check(array.type, place, self.first)
+        return clock, *clock.count(array, place, self.first)
 
     def number(self, key: str) -> NDArray[np.float32]:
         name = getattr(self.spec, key)
         self.expect(name, key, is_number, "numbers")
-        return numbers(self.batch.column(name))
+        return numbers(self.batch.column(name)) + np.float32(0)  # -0.0 is 0.0: rows in two orders are one data set
 
     def text(self, key: str) -> pa.StringArray:
         name = getattr(self.spec, key)
@@ -275,6 +293,21 @@ class _Columns:
                 f"{self.file}: columns.{key}: {name!r}: got {type_}, expected {rule}, as in {self.first}",
                 hint="write all files with one schema",
             )
+
+
+def _rows_with(flags_N: NDArray[np.bool_], lengths_R: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows have such a frame."""
+    found_R = np.zeros(len(lengths_R), bool)
+    if flags_N.any():
+        found_R[np.repeat(np.arange(len(lengths_R)), lengths_R)[flags_N]] = True
+    return found_R
+
+
+def _hidden_falls(counts_N: NDArray[np.int64], times_N: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Where counts fall and float64 does not show it; the others are found with all that is checked of times."""
+    falls_N = np.zeros(len(counts_N), bool)
+    falls_N[1:] = (counts_N[1:] < counts_N[:-1]) & (times_N[1:] == times_N[:-1])
+    return falls_N
 
 
 def _words(column: Any) -> Any:

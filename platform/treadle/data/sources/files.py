@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import urllib.parse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from treadle.data.sources.fetch import download
 from treadle.errors import ConfigError, DataError, IntegrityError, did_you_mean
 from treadle.spec import DataSpec, Format
 
-__all__ = ["Place", "SourceFile", "find_files", "sha256_of"]
+__all__ = ["Place", "SourceFile", "find_files", "list_files", "sha256_of"]
 
 _ENDINGS = {
     "parquet": Format.parquet,
@@ -46,7 +47,8 @@ class SourceFile:
 
     Args:
         name: below the source, for messages and checksums. path: in the filesystem.
-        size: bytes. split: place in `SPLITS` where the folder says it, else -1.
+        size: bytes, -1 for what is no file, as a link that leads nowhere.
+        split: place in `SPLITS` where the folder says it, else -1.
     """
 
     name: str
@@ -72,18 +74,27 @@ def find_files(data: DataSpec, scratch: Path) -> Place:
 
     Raises:
         ConfigError: no source, a format that is not known or not one.
-        DataError: no such file. IntegrityError: a file has another digest than `data.sha256` says.
+        DataError: no such file, one that cannot be named, or a folder that is there twice by a link.
+        IntegrityError: a file has another digest than `data.sha256` says.
     """
+    place = list_files(data, scratch)
+    _check_digests(place, data.sha256)
+    return place
+
+
+def list_files(data: DataSpec, scratch: Path) -> Place:
+    """The files of `data.source`, sorted by name, none of them read. Args and Raises: as `find_files`."""
     if not data.source:
         raise ConfigError("data.source: not given", hint="data.source=<a file, a folder, a pattern or s3://...>")
+    if _is_no_utf8(data.source):
+        raise ConfigError(f"data.source: got {os.fsencode(data.source)!r}, expected a name in UTF-8", hint="rename it")
     filesystem, path = _opened(data.source, scratch)
     try:
         files, format_ = _found(filesystem, path, data)
+        _check_files(files, data.source, is_local=isinstance(filesystem, fs.LocalFileSystem))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.source: {data.source}: {_reason(error)}") from None
-    place = Place(filesystem=filesystem, files=tuple(files), format=format_)
-    _check_digests(place, data.sha256)
-    return place
+    return Place(filesystem=filesystem, files=tuple(files), format=format_)
 
 
 def _opened(source: str, scratch: Path) -> tuple[fs.FileSystem, str]:
@@ -92,7 +103,7 @@ def _opened(source: str, scratch: Path) -> tuple[fs.FileSystem, str]:
         name = urllib.parse.unquote(urllib.parse.urlsplit(source).path).rsplit("/", 1)[-1]
         target = scratch / (name or "download")
         download(source, target)
-        return fs.LocalFileSystem(use_mmap=True), str(target)
+        return fs.LocalFileSystem(), str(target)
     if scheme == "s3":
         bare, _, query = source.partition("?")
         bucket, _, key = bare.removeprefix("s3://").partition("/")
@@ -103,7 +114,8 @@ def _opened(source: str, scratch: Path) -> tuple[fs.FileSystem, str]:
         return filesystem, f"{bucket}/{key}".rstrip("/")
     if scheme == "file":
         path = Path(source.removeprefix("file://")).expanduser()
-        return fs.LocalFileSystem(use_mmap=True), str(path.absolute())
+        # Not mapped into memory: a file that someone cuts off while it is read would end the process (SIGBUS).
+        return fs.LocalFileSystem(), str(path.absolute())
     raise ConfigError(
         f"data.source: got {source!r}, expected a path, or one of s3://, http://, https://, file://"
         f"{did_you_mean(scheme, ('s3', 'http', 'https', 'file'))}"
@@ -118,6 +130,8 @@ def _found(filesystem: fs.FileSystem, path: str, data: DataSpec) -> tuple[list[S
         return _of_one_format(_matching(filesystem, path, data), data)
     if info.type == fs.FileType.NotFound:
         raise DataError(f"data.source: {data.source}: no such file or folder", hint="data.source=<where the files are>")
+    if info.type == fs.FileType.Unknown:
+        raise DataError(f"data.source: {data.source}: got a pipe or a device, expected a file or a folder")
     if saved := _saved_dataset(filesystem, path):
         return saved, Format.huggingface
     if data.format is Format.huggingface:
@@ -130,14 +144,65 @@ def _found(filesystem: fs.FileSystem, path: str, data: DataSpec) -> tuple[list[S
 
 def _below(filesystem: fs.FileSystem, folder: str) -> list[SourceFile]:
     """All files below a folder, hidden ones left out, by name."""
-    found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
-    files = [
-        SourceFile(name=info.path[len(folder) :].lstrip("/"), path=info.path, size=info.size)
-        for info in found
-        if info.type == fs.FileType.File
-    ]
-    plain = (file for file in files if not any(part.startswith((".", "_")) for part in file.name.split("/")))
+    if isinstance(filesystem, fs.LocalFileSystem):
+        found: Iterable[tuple[str, int]] = _walked(folder, ())
+    else:
+        infos = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+        found = ((info.path, info.size) for info in infos if info.type == fs.FileType.File)
+    files = (SourceFile(name=path[len(folder) :].lstrip("/"), path=path, size=size) for path, size in found)
+    plain = (file for file in files if not any(_is_hidden(part) for part in file.name.split("/")))
     return sorted(plain, key=lambda file: file.name)
+
+
+def _walked(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+    """The path and the size of each file below a folder of this machine, through links, but round no loop of them.
+
+    Args:
+        above: device and inode of the folders that it is in.
+    """
+    status = Path(folder).stat()
+    here = (status.st_dev, status.st_ino)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_hidden(entry.name):
+                continue
+            if not entry.is_dir():
+                yield entry.path, entry.stat().st_size if entry.is_file() else -1
+            elif here not in above:
+                yield from _walked(entry.path, (*above, here))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def _check_files(files: Sequence[SourceFile], source: str, *, is_local: bool) -> None:
+    """Nothing, if all of them are files with names that can be told, and no folder is there under two names."""
+    for file in files:
+        if _is_no_utf8(file.name):
+            name = os.fsencode(file.name)
+            raise DataError(f"data.source: {source}: got the file name {name!r}, expected UTF-8", hint="rename it")
+        if file.size < 0:
+            raise DataError(
+                f"data.source: {source}: {file.name}: got a link that leads nowhere, or no plain file, expected a file",
+                hint="remove it, or name the files that are meant with a pattern",
+            )
+    seen: dict[tuple[int, int], str] = {}
+    for folder in dict.fromkeys(file.path.rpartition("/")[0] for file in files) if is_local else ():
+        status = Path(folder or "/").stat()
+        if (other := seen.setdefault((status.st_dev, status.st_ino), folder)) != folder:
+            raise DataError(
+                f"data.source: {folder}: got the folder {other} once more, by a link, expected each folder once",
+                hint="remove the link, or name the files that are meant with a pattern",
+            )
+
+
+def _is_no_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # the bytes that are no UTF-8 are lone surrogates
+        return True
+    return False
 
 
 def _matching(filesystem: fs.FileSystem, pattern: str, data: DataSpec) -> list[SourceFile]:
@@ -190,32 +255,42 @@ def _saved_dataset(filesystem: fs.FileSystem, folder: str) -> list[SourceFile]:
     """The files of a data set, or of several splits, as the Hugging Face library saved them; [] if it did not."""
     splits = _json_of(filesystem, f"{folder}/dataset_dict.json")
     if splits is None:
-        return _saved_split(filesystem, folder, "", -1)
+        state = _json_of(filesystem, f"{folder}/state.json") or {}
+        return _saved_split(filesystem, folder, state) if "_data_files" in state else []
+    names = splits.get("splits")
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{folder}/dataset_dict.json: got no list of splits, expected their names")
     files: list[SourceFile] = []
-    for name in splits.get("splits", []):
+    for name in map(str, names):
         split = _HUGGINGFACE_SPLITS.get(name, name)
         if split not in SPLITS:
             raise DataError(
                 f"{folder}/dataset_dict.json: got the split {name!r}, expected train, validation or test",
                 hint=f"data.source={folder}/{name} for this one alone",
             )
-        files += _saved_split(filesystem, f"{folder}/{name}", f"{name}/", SPLITS.index(split))
+        state = _json_of(filesystem, f"{folder}/{name}/state.json")
+        if state is None:
+            raise DataError(
+                f"{folder}/{name}/state.json: got no such file, expected it for a split of dataset_dict.json",
+                hint="copy the folder again, whole",
+            )
+        of_split = _saved_split(filesystem, f"{folder}/{name}", state)
+        files += (replace(f, name=f"{name}/{f.name}", split=SPLITS.index(split)) for f in of_split)
     return files
 
 
-def _saved_split(filesystem: fs.FileSystem, folder: str, prefix: str, split: int) -> list[SourceFile]:
-    state = _json_of(filesystem, f"{folder}/state.json")
-    if state is None:
-        return []
-    names = [str(entry["filename"]) for entry in state.get("_data_files", [])]
+def _saved_split(filesystem: fs.FileSystem, folder: str, state: Mapping[str, Any]) -> list[SourceFile]:
+    try:
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (KeyError, TypeError):
+        names = []
+    if not names:
+        raise DataError(f"{folder}/state.json: got no names of files, expected _data_files with at least one")
     infos = filesystem.get_file_info([f"{folder}/{name}" for name in names])
     for info in infos:
         if info.type != fs.FileType.File:
             raise DataError(f"{info.path}: got no such file, expected it as state.json names it")
-    return [
-        SourceFile(name=prefix + name, path=info.path, size=info.size, split=split)
-        for name, info in zip(names, infos, strict=True)
-    ]
+    return [SourceFile(name=n, path=info.path, size=info.size) for n, info in zip(names, infos, strict=True)]
 
 
 def _json_of(filesystem: fs.FileSystem, path: str) -> Mapping[str, Any] | None:
@@ -232,13 +307,25 @@ def _json_of(filesystem: fs.FileSystem, path: str) -> Mapping[str, Any] | None:
 
 
 def _check_digests(place: Place, expected: Mapping[str, str]) -> None:
-    by_name = {file.name: file for file in place.files} | {file.name.rsplit("/", 1)[-1]: file for file in place.files}
+    names = {file.name: [file] for file in place.files}
+    last_parts: dict[str, list[SourceFile]] = {}
+    for file in place.files:
+        last_parts.setdefault(file.name.rpartition("/")[2], []).append(file)
     for name, digest in expected.items():
-        if name not in by_name:
-            raise DataError(f"data.sha256: got {name!r}, expected a file of the source{did_you_mean(name, by_name)}")
-        if (seen := sha256_of(place, by_name[name])) != digest:
+        found = names.get(name) or last_parts.get(name, [])
+        if not found:
+            raise DataError(
+                f"data.sha256: got {name!r}, expected a file of the source{did_you_mean(name, (*names, *last_parts))}"
+            )
+        if len(found) > 1:
+            several = f"{found[0].name}, {found[1].name}" + (", ..." if len(found) > 2 else "")
+            raise ConfigError(
+                f"data.sha256: got {name!r}, the name of {len(found)} files ({several}), expected that of one",
+                hint="data.sha256={<folder>/<name>: <digest>}",
+            )
+        if (seen := sha256_of(place, found[0])) != digest:
             raise IntegrityError(
-                f"{name}: got sha256 {seen}, expected {digest}",
+                f"{found[0].name}: got sha256 {seen}, expected {digest}",
                 hint="another data.source, or the new data.sha256 if the file is meant to have changed",
             )
 

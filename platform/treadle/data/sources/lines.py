@@ -53,7 +53,7 @@ class Lines:
             for piece in self.read(part):
                 if piece.batch.num_rows:
                     return part.file, piece.batch
-        raise DataError(f"{self.parts[0].file}: got no row that can be read, expected at least one")
+        raise DataError(f"{self.place.files[0].name}: got no row that can be read, expected at least one")
 
     def digests(self) -> dict[str, str]:
         """The sha256 of each file, by name. Cost: reads them all, two at a time, about 1.5 GB/s each."""

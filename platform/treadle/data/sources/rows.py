@@ -150,7 +150,7 @@ class _Gathered:
             targets, labels = _encoded(self.labels)
         entity, group, key, time, weight, split, where = zip(*self.scalars, strict=True) if self.scalars else [()] * 7
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and complained of
-            weight_R = np.asarray(weight, np.float64).astype(np.float32)
+            weight_R = np.asarray(weight, np.float64).astype(np.float32) + np.float32(0)
         return Chunk(
             file="",
             number_R=np.asarray(self.numbers, np.int64),
@@ -160,13 +160,13 @@ class _Gathered:
             target_lengths_R=np.asarray(self.target_lengths, np.int64),
             targets=targets,
             labels=labels,
-            times_N=np.concatenate([np.zeros(0), *self.times]) if self.schema.timed else None,
+            times_N=np.concatenate([np.zeros(0), *self.times]) + 0.0 if self.schema.timed else None,
             entity_R=pa.array(entity, pa.string()),
             group_R=None
             if all(g is None for g in group)
             else pa.array([e if g is None else g for e, g in zip(entity, group, strict=True)], pa.string()),
             id_R=pa.array(key, pa.string()) if self.keyed else None,
-            time_R=np.asarray(time, np.float64),
+            time_R=np.asarray(time, np.float64) + 0.0,  # -0.0 is 0.0: rows in two orders are one data set
             weight_R=weight_R,
             split_R=np.asarray(split, np.int8),
             where_R=pa.array(where, pa.string()) if any(where) else None,
@@ -302,9 +302,12 @@ def _texts(texts: Any, what: str, *, or_none: bool = False) -> list[Any]:
 
 
 def _numbers(values: Any, form: str, dtype: Any = np.float32) -> NDArray[Any]:
-    """`values` as an array, if they are numbers; None among them becomes NaN."""
+    """`values` as an array of its own, if they are numbers; None among them, and what is masked, becomes NaN.
+
+    A copy: a generator may fill one buffer for all rows, or give views of arrays that are much larger.
+    """
     try:
-        array = np.asarray(values)
+        array = np.asarray(_filled(values))
         if array.dtype.kind == "O" and not isinstance(values, str) and values is not None:
             array = array.astype(np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -312,7 +315,16 @@ def _numbers(values: Any, form: str, dtype: Any = np.float32) -> NDArray[Any]:
     if array.dtype.kind not in "fiub":
         raise _MalformedError(f"got {_shown(values)}, expected numbers of the shape {form}")
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and complained of
-        return array.astype(dtype, copy=False)
+        return array.astype(dtype, copy=not isinstance(values, list | tuple))  # of a list it is new already
+
+
+def _filled(values: Any) -> Any:
+    """Masked arrays, or lists of them, with NaN for what is masked."""
+    if isinstance(values, list | tuple) and values and not isinstance(values[0], float | int):
+        values = np.ma.array(values) if np.ma.MaskedArray in set(map(type, values)) else values
+    if isinstance(values, np.ma.MaskedArray) and values.dtype.kind in "fiubO":
+        return np.ma.filled(values.astype(np.float64), np.nan)
+    return values
 
 
 def _shown(value: Any) -> str:

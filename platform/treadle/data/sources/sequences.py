@@ -17,47 +17,53 @@ from numpy.typing import NDArray
 from treadle.data.chunk import CHUNK_BYTES, Chunk, Problem, Schema, keep_rows
 from treadle.data.draft import SPLITS, Labels
 from treadle.data.sources.arrays import compute, encode
+from treadle.data.sources.clock import Clock
 from treadle.data.sources.tables import damaged
 from treadle.spec import TargetPer
 
-__all__ = ["LINE_BITS", "chunks_of_events"]
+__all__ = ["FAULTS", "LINE_BITS", "chunks_of_events"]
 
 LINE_BITS = 40
 """A line is kept as (place of its file << 40) + its number."""
+_FAULTS = {
+    "time": ("text that is no time", "as 2026-01-31T12:00:00"),
+    "inputs": ("a list of another length", "{width} numbers"),
+    "target": ("a list of another length", "{width} numbers"),
+}
+FAULTS = tuple(_FAULTS)
+"""What a line may have wrong, the first as bit 0 of its `faults`."""
+_EXACT = 2.0**53
 
 
-def chunks_of_events(
-    path: Path, files: Sequence[str], schema: Schema, *, problems: Sequence[Problem] = ()
-) -> Iterator[Chunk]:
+def chunks_of_events(path: Path, files: Sequence[str], schema: Schema, clock: Clock) -> Iterator[Chunk]:
     """The sequences of a file of lines, by where the first line of each stood, about CHUNK_BYTES at a time.
 
     Args:
-        path: an Arrow stream with the columns entity, line, times, inputs, and those there are of target, time,
-            weight, group, id, split.
+        path: an Arrow stream with the columns entity, line, times, inputs, faults, and those there are of target,
+            time, weight, group, id, split.
         files: names of the files that lines came from.
-        problems: said by the first chunk.
+        clock: that times are counted by.
     """
     with damaged(path.name), pa.memory_map(str(path)) as file:
         table = pa.ipc.open_stream(file).read_all().combine_chunks()
-    if table.num_rows:
-        codes = table.column("entity").combine_chunks().dictionary_encode()
-        # Ties keep the order of reading; entities are numbered as they come.
-        order = np.lexsort((table.column("times").to_numpy(), codes.indices.to_numpy()))
-        lengths_R = np.bincount(codes.indices.to_numpy())
-        first_R = table.column("line").to_numpy()[np.unique(codes.indices.to_numpy(), return_index=True)[1]]
-        width = table.nbytes / table.num_rows
-        del codes
-        ends = np.cumsum(lengths_R)
-        for start, stop in _runs(lengths_R, first_R >> LINE_BITS, max(1, int(CHUNK_BYTES / width))):
-            lines = order[ends[start] - lengths_R[start] : ends[stop - 1]]
-            batch = table.take(pa.array(lines)).combine_chunks().to_batches()[0]
-            yield _Sequences(batch, lengths_R[start:stop], first_R[start:stop], files, schema).chunk(problems)
-            problems = ()
-    if problems:  # no line has an entity
-        empty = table.slice(0, 0).combine_chunks()
-        batch = pa.RecordBatch.from_pylist([], schema=empty.schema)
-        nothing = np.zeros(0, np.int64)
-        yield _Sequences(batch, nothing, nothing, files, schema).chunk(problems)
+    codes = table.column("entity").combine_chunks().dictionary_encode().indices.to_numpy()
+    # Ties keep the order of reading; entities are numbered as they come.
+    order = np.lexsort((_sortable(table.column("times")), codes))
+    lengths_R = np.bincount(codes)
+    first_R = table.column("line").to_numpy()[np.unique(codes, return_index=True)[1]]
+    width = table.nbytes / table.num_rows
+    del codes
+    ends = np.cumsum(lengths_R)
+    for start, stop in _runs(lengths_R, first_R >> LINE_BITS, max(1, int(CHUNK_BYTES / width))):
+        lines = order[ends[start] - lengths_R[start] : ends[stop - 1]]
+        batch = table.take(pa.array(lines)).combine_chunks().to_batches()[0]
+        yield _Sequences(batch, lengths_R[start:stop], first_R[start:stop], files, schema).chunk(clock)
+
+
+def _sortable(counts: Any) -> NDArray[Any]:
+    """Times that sort as they are, those that are none last."""
+    none = np.nan if pa.types.is_floating(counts.type) else np.iinfo(np.int64).max
+    return counts.fill_null(none).to_numpy()
 
 
 def _runs(lengths_R: NDArray[np.int64], file_R: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
@@ -87,15 +93,17 @@ class _Sequences:
         self.batch, self.lengths_R, self.files, self.schema = batch, lengths_R, files, schema
         self.starts_R = np.cumsum(lengths_R) - lengths_R
         self.line_N = batch.column("line").to_numpy()
-        self.file = files[int(first_R[0] >> LINE_BITS)] if len(first_R) else files[0]
+        self.file = files[int(first_R[0] >> LINE_BITS)]
         self.number_R = first_R & ((1 << LINE_BITS) - 1)
         self.entity_R = batch.column("entity").take(pa.array(self.starts_R))
         self.bad_R = np.zeros(len(lengths_R), bool)
         self.problems: list[Problem] = []
 
-    def chunk(self, problems: Sequence[Problem]) -> Chunk:
-        times_N = self.batch.column("times").to_numpy()
-        self._check_times(times_N)
+    def chunk(self, clock: Clock) -> Chunk:
+        counts = self.batch.column("times")
+        times_N = clock.times(counts)
+        self._check_times(counts, times_N)
+        self._check_faults()
         inputs, symbols = self._per_frame("inputs")
         target_lengths_R, targets, labels = self._targets()
         num_rows, columns = len(self.lengths_R), self.batch.schema.names
@@ -114,25 +122,43 @@ class _Sequences:
             group_R=group_R,
             id_R=self._one_text("id") if "id" in columns else None,
             time_R=self._one_number("time") if "time" in columns else np.full(num_rows, np.nan),
-            weight_R=self._one_number("weight") if "weight" in columns else np.ones(num_rows, np.float32),
+            # -0.0 is 0.0, as in all times: rows in two orders are one data set.
+            weight_R=self._one_number("weight") + np.float32(0) if "weight" in columns else np.ones(num_rows, "f4"),
             split_R=self._split() if "split" in columns else np.full(num_rows, -1, np.int8),
+            gaps_N=clock.gaps(counts, self.starts_R),
         )
-        return dataclasses.replace(keep_rows(chunk, ~self.bad_R), problems=(*problems, *self.problems))
+        return dataclasses.replace(keep_rows(chunk, ~self.bad_R), problems=tuple(self.problems))
 
-    def _check_times(self, times_N: NDArray[np.float64]) -> None:
-        lost = np.isnan(times_N)
-        if lost.any():
-            lost_R = np.logical_or.reduceat(lost, self.starts_R)
-            counts_R = np.add.reduceat(lost, self.starts_R, dtype=np.int64)
-            # NaN sorts last: the first of them stands where the others end.
-            firsts = self.starts_R + self.lengths_R - counts_R
-            self._complain(
-                lost_R,
-                "times",
-                lambda row: (
-                    f"got no time in {counts_R[row]} lines, first {self._line(firsts[row])}, expected one in each"
-                ),
+    def _check_times(self, counts: Any, times_N: NDArray[np.float64]) -> None:
+        self._complain_of(np.isnan(times_N), "times", "no time", "one in each")
+        if pa.types.is_floating(counts.type):
+            same_N = np.zeros(len(times_N), bool)
+            same_N[1:] = (times_N[1:] == times_N[:-1]) & (np.abs(times_N[1:]) >= _EXACT) & np.isfinite(times_N[1:])
+            same_N[self.starts_R] = False
+            self._complain_of(
+                same_N, "times", "the time of another line", "times below 2**53, as float64 merges larger ones"
             )
+
+    def _check_faults(self) -> None:
+        fault_N, names = self.batch.column("faults").to_numpy(), self.batch.schema.names
+        if not fault_N.any():
+            return
+        for place, (column, (seen, expected)) in enumerate(_FAULTS.items()):
+            width = getattr(self.batch.schema.field(column).type, "list_size", 1) if column in names else 1
+            bad_N = (fault_N >> place & 1).astype(bool)
+            self._complain_of(bad_N, column, seen, expected.format(width=width))
+
+    def _complain_of(self, bad_N: NDArray[np.bool_], column: str, seen: str, expected: str) -> None:
+        """Sequences with such lines, of which the one that comes first is named."""
+        if not bad_N.any():
+            return
+        counts_R = np.add.reduceat(bad_N, self.starts_R, dtype=np.int64)
+        first_R = np.minimum.reduceat(np.where(bad_N, np.arange(len(bad_N)), len(bad_N)), self.starts_R)
+        self._complain(
+            counts_R > 0,
+            column,
+            lambda row: f"got {seen} in {counts_R[row]} lines, first {self._line(first_R[row])}, expected {expected}",
+        )
 
     def _line(self, place: int) -> str:
         line = int(self.line_N[place])
