@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that share the tests: what starts Ray clusters runs in one of them.
+WORKERS ?= 2
 
 .PHONY: setup demo test check format bench bench-cells bench-choose bench-data gpu jobs constraints clean
 
@@ -18,7 +20,7 @@ demo: setup
 	$(BIN)/treadle demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 check: setup
 	$(BIN)/ruff format --check

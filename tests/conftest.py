@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,36 @@ settings.register_profile("treadle", deadline=None, suppress_health_check=[Healt
 settings.load_profile("treadle")
 
 ROOT = Path(__file__).resolve().parent.parent
+# Files with tests that start a Ray cluster. Two clusters at once are too many for a small machine.
+CLUSTERS = {
+    path.name for path in Path(__file__).parent.rglob("test_*.py") if "pytest.mark.ray" in path.read_text("utf-8")
+}
+LONG = ("integration", "learning")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that no process waits for the other at the end."""
+    for item in items:
+        if item.get_closest_marker("ray") and item.path.name not in CLUSTERS:
+            raise pytest.UsageError(
+                f"{item.nodeid}: got the mark `ray` in a file that CLUSTERS (conftest.py) leaves out"
+            )
+    items.sort(key=lambda item: (item.path.name not in CLUSTERS, *(part not in item.path.parts for part in LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With `-n 2`, a file's tests run in one process, and all files of CLUSTERS in the same."""
+    from xdist.scheduler import LoadScopeScheduling  # an extra: `make test` has it, a plain `pytest` does without
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "clusters" if path.rpartition("/")[2] in CLUSTERS else path
+
+    config.option.loadscopereorder = False  # ours is the order of time, not of numbers
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +66,11 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled kernels are kept for the whole session: building them takes seconds."""
-    return tmp_path_factory.mktemp("kernels")
+    """Where compiled kernels are kept for the whole session, whatever its processes: building them takes seconds."""
+    folder = tmp_path_factory.getbasetemp()
+    kernels = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "kernels"
+    kernels.mkdir(exist_ok=True)
+    return kernels
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,6 @@ import tomllib
 
 import pytest
 
-from treadle.spec.places import list_groups, list_jobs, list_options
-
 FIXED = {"pyproject.toml", "README.md", "platform", "jobs", "conf", "infra", "tests", "k8s", "LICENSE", "CHANGELOG.md"}
 # vendor -> the only places of the package that import it
 IMPORTERS = {
@@ -138,16 +136,6 @@ def test_every_job_has_its_card(root):
     for folder in (root / "jobs").iterdir():
         for name in ("job.yaml", "prepare.py", "README.md"):
             assert (folder / name).is_file(), folder / name
-
-
-def test_every_option_of_every_group_composes(root):
-    from treadle.spec.compose import compose_job
-
-    assert {"g2p", "vowels"} <= set(list_jobs())
-    for group in list_groups():
-        if group != "task":  # a job's own task fields belong to its variant
-            for option in list_options(group):
-                assert compose_job("g2p", [f"{group}={option}"], default_store="/nowhere").name == "g2p"
 
 
 def test_constraints_pin_every_dependency(root):

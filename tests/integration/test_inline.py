@@ -12,26 +12,12 @@ import pytest
 
 from treadle.store import Registry, Runs, open_blobs
 
+pytestmark = pytest.mark.timeout(240)  # many commands in turn, each of seconds
+
 
 def weights(treadle, ref):
     registry = Registry(open_blobs(treadle.environment["TREADLE_STORE"]))
     return registry.read(registry.resolve(ref), "model.safetensors")
-
-
-def wait_for_update(treadle, process, at_least=5, seconds=60, after=""):
-    """The id of the newest run, once it has logged that many updates; `after` is a run from before."""
-    blobs = open_blobs(treadle.environment["TREADLE_STORE"])
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        runs = Runs(blobs).list()
-        path = blobs.local_path(f"runs/{runs[0].run}/metrics.jsonl") if runs and runs[0].run != after else None
-        if path is not None and path.exists():
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            if rows and rows[-1]["update"] >= at_least:
-                return runs[0].run
-        time.sleep(0.05)
-    raise AssertionError("no update was logged")
 
 
 def test_the_verbs_of_a_run(treadle, toy):
@@ -72,12 +58,11 @@ def test_the_verbs_of_a_run(treadle, toy):
     assert treadle("resume", run).code == 7
 
 
-def test_ctrl_c_commits_and_resume_ends_in_the_same_bits(treadle, toy, interrupt):
-    treadle.ok("prepare", "./toy")
+def test_ctrl_c_commits_and_resume_ends_in_the_same_bits(treadle, prepared, interrupt):
     options = ["./toy", "train.epochs=25", "model.dropout=0.3", "precision=fp32"]
     whole = treadle.ok("submit", *options, "--follow")
     process = treadle.start("submit", *options, "--follow", "--json")
-    run = wait_for_update(treadle, process, after=whole["run"])
+    run = treadle.wait_for_update(5, after=whole["run"], beside=process)
     interrupt(process)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -89,31 +74,27 @@ def test_ctrl_c_commits_and_resume_ends_in_the_same_bits(treadle, toy, interrupt
     assert weights(treadle, f"toy@{resumed['model_version']}") == weights(treadle, f"toy@{whole['model_version']}")
 
 
-def test_a_detached_run_is_stopped_by_the_verb(treadle, toy):
-    treadle.ok("prepare", "./toy")
+def test_a_detached_run_is_stopped_by_the_verb(treadle, prepared):
     run = treadle.ok("submit", "./toy", "train.epochs=500", "--detach")["run"]
-    deadline = time.monotonic() + 60
-    while treadle.ok("status", run)["update"] < 3 and time.monotonic() < deadline:
-        time.sleep(0.2)
+    assert treadle.wait_for_update(3) == run
     assert treadle("resume", run).code == 7  # it runs
     assert treadle.ok("stop", run)["status"] == "stopped"
 
 
-def test_a_killed_driver_is_a_failed_run_that_can_be_resumed(treadle, toy):
-    treadle.ok("prepare", "./toy")
+def test_a_killed_driver_is_a_failed_run_that_can_be_resumed(treadle, prepared):
     process = treadle.start("submit", "./toy", "train.epochs=400", "checkpoint.every_updates=3", "--follow", "--json")
-    run = wait_for_update(treadle, process, at_least=12)
-    runs = Runs(open_blobs(treadle.environment["TREADLE_STORE"]))
-    os.kill(runs.attempts(run)[0].info["pid"], signal.SIGKILL)
+    run = treadle.wait_for_update(12, beside=process)
+    blobs = open_blobs(treadle.environment["TREADLE_STORE"])
+    os.kill(Runs(blobs).attempts(run)[0].info["pid"], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 70, err
     assert "SIGKILL" in json.loads(out)["error"]["message"]
     resumed = treadle.start("resume", run, "--follow", "--json")
     deadline = time.monotonic() + 60
-    while treadle.ok("status", run)["update"] < 20 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    events = open_blobs(treadle.environment["TREADLE_STORE"]).get(f"runs/{run}/events.jsonl").decode()
-    assert '"event":"restored"' in events
+    while '"event":"restored"' not in blobs.get(f"runs/{run}/events.jsonl").decode():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    treadle.wait_for_update(20, beside=resumed)
     treadle.ok("stop", run)
     _, err = resumed.communicate(timeout=30)
     assert resumed.returncode == 0, err
@@ -134,23 +115,28 @@ def test_a_killed_driver_is_a_failed_run_that_can_be_resumed(treadle, toy):
         (["plan", "./toy", "--jsn"], 2, ["--json"]),
     ],
 )
-def test_bad_input_gets_a_clear_error(treadle, toy, arguments, code, words):
-    if "cluster.workers=999" in arguments:
-        treadle.ok("prepare", "./toy")
-    done = treadle(*arguments)
+def test_bad_input_gets_a_clear_error(here, prepared, arguments, code, words):
+    done = here(*arguments)
     assert done.code == code, done.err
     assert "Traceback" not in done.err
     for word in words:
         assert word in done.err
 
 
-def test_a_broken_script_is_named(treadle, toy):
+def test_a_refusal_ends_the_process_with_its_code(treadle, toy):
+    done = treadle("plan", "toyy", "--json")
+    assert (done.code, done.json["exit_code"]) == (2, 2)
+    assert "toyy" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_broken_script_is_named(here, toy):
     (toy / "prepare.py").write_text("def prepare(spec):\n    return 1 / 0\n")
-    done = treadle("prepare", "./toy")
+    done = here("prepare", "./toy")
     assert done.code == 4
     assert "prepare.py" in done.err
     assert "ZeroDivisionError" in done.err
     (toy / "prepare.py").write_text("x = 1\n")
-    assert treadle("prepare", "./toy").code == 2
+    assert here("prepare", "./toy").code == 2
     (toy / "prepare.py").unlink()
-    assert treadle("prepare", "./toy").code == 2
+    assert here("prepare", "./toy").code == 2

@@ -10,7 +10,7 @@ import urllib.request
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
 @pytest.mark.s3

@@ -1,4 +1,4 @@
-"""The second job: other data, another task, the same loop; each cell reaches the same quality."""
+"""The second job: other data, another task, the same loop; `make jobs` compares all cells on it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SOURCE = "shared/data/japanese_vowels"
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("cell", ["gru", "lstm", "mingru", "minlstm"])
-def test_each_cell_tells_the_speakers_apart(cell, root, tmp_path):
+@pytest.mark.parametrize("cell", ["gru", "minlstm"])
+def test_a_cell_of_either_kind_tells_the_speakers_apart(cell, root, tmp_path):
     source = root.parent / SOURCE
     if not source.is_dir():
         pytest.skip(f"the source files are not at ../{SOURCE}; treadle prepare vowels fetches them")
