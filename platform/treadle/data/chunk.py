@@ -73,7 +73,7 @@ class Part:
         file: for messages. path: where the source finds it.
         first: rows of the file before this part.
         start, stop: row groups or record batches of the file; stop -1 is the last.
-        size: about how many bytes, for progress and for sharing out.
+        size: about how many bytes, for progress and for sharing out; exactly those of the file where `stop` is -1.
         split: place in `SPLITS` of all its rows where the folder says it, else -1.
     """
 

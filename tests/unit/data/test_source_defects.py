@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from treadle.data.chunk import CHUNK_BYTES
+from treadle.data.chunk import CHUNK_BYTES, Problem
 from treadle.data.sources import csv_lines, tables
 from treadle.data.sources.declared import open_source
 from treadle.data.sources.files import find_files
@@ -43,9 +43,9 @@ def problems(source):
     return [str(p) for part in source.parts for chunk in source.read(part) for p in chunk.problems]
 
 
-def write_arrow(path, table, *, stream=False, rows=None):
+def write_arrow(path, table, *, stream=False, rows=None, compression=None):
     new = pa.ipc.new_stream if stream else pa.ipc.new_file
-    with new(str(path), table.schema) as writer:
+    with new(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_table(table, max_chunksize=rows)
     return path
 
@@ -261,12 +261,17 @@ def test_texts_of_an_arrow_file_do_not_keep_its_lists_in_memory(tmp_path):
 
 
 def test_columns_that_are_not_asked_for_are_not_read(tmp_path):
-    """That they lie elsewhere in each batch, and in another order, changes nothing."""
+    """Those that are lie elsewhere in each batch, and in another order."""
     table = pa.table({"junk": ["j" * 50] * 9, "y": ["A", "B", "C"] * 3, "x": ["p q"] * 9, "e": list("abcdefghi")})
-    write_arrow(tmp_path / "t.arrow", table, rows=4)
-    [part] = opened(tmp_path / "t.arrow").parts
-    lines = open_lines(DataSpec(name="toy", source=str(tmp_path / "t.arrow")), COLUMNS, tmp_path)
-    pieces = list(lines.read(part))
+    path = write_arrow(tmp_path / "t.arrow", table, rows=4, compression="lz4")
+    whole = path.read_bytes()
+    path.unlink()
+    lz4 = b"\x04\x22\x4d\x18"
+    path.write_bytes(whole.replace(lz4, bytes(4), 1))  # the first that is packed is of the first column
+    with pytest.raises(DataError, match=r"t.arrow: cannot be read \(.*LZ4"):
+        opened(path, ColumnsSpec(inputs=["junk"]))
+    lines = open_lines(DataSpec(name="toy", source=str(path)), COLUMNS, tmp_path)
+    pieces = list(lines.read(lines.parts[0]))
     assert [piece.batch.schema.names for piece in pieces] == [["x", "y", "e"]] * 3
     assert [e for piece in pieces for e in piece.batch.column("e").to_pylist()] == list("abcdefghi")
     assert [n for piece in pieces for n in piece.number_R.tolist()] == list(range(1, 10))
@@ -400,20 +405,33 @@ def test_a_csv_row_of_several_blocks(tmp_path, at):
     assert [p.number for c in chunks for p in c.problems] == ([2] if ragged else [])
 
 
-def test_a_csv_row_of_several_blocks_after_many_others(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [0, 500, 1500, 2500, 3500])
+def test_a_csv_row_of_several_blocks_after_many_others(tmp_path, monkeypatch, before):
+    """Wherever it begins in blocks of any size, no line is lost, and none is there twice."""
     monkeypatch.setattr(csv_lines, "CHUNK_BYTES", 1000)
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(0, 40, 2000)
-    sizes[[300, 301, 1500, 1999]] = [900, 5000, 2000, 12_000]
+    sizes = np.random.default_rng(0).integers(0, 40, 700)
+    sizes[[0, 300, 301, 500, 699]] = [before // 2, 900, 1300, 2000, 12_000]
     lines = [f"{i},{'p ' * size}p,{'A' if i % 7 else 'A,more'}" for i, size in enumerate(sizes.tolist(), start=2)]
     (tmp_path / "t.csv").write_text("e,x,y\n" + "\n".join(lines) + "\n")
     source = opened(tmp_path / "t.csv")
     chunks = [chunk for part in source.parts for chunk in source.read(part)]
-    kept = [i for i in range(2, 2002) if i % 7]
+    kept = [i for i in range(2, 702) if i % 7]
     assert [n for c in chunks for n in c.number_R.tolist()] == kept
     assert entities(source) == list(map(str, kept))
     assert [n for c in chunks for n in c.lengths_R.tolist()] == [int(sizes[i - 2]) + 1 for i in kept]
-    assert [p.number for c in chunks for p in c.problems] == [i for i in range(2, 2002) if i % 7 == 0]
+    assert [p.number for c in chunks for p in c.problems] == [i for i in range(2, 702) if i % 7 == 0]
+
+
+def test_what_was_read_before_is_left_out_of_a_piece():
+    """The pieces of smaller blocks end where those of larger ones do, as far as is known; this does not rest on it."""
+    batch = pa.record_batch({"e": [b"3", b"5", b"6"]})
+    told = tuple(Problem(file="t", number=number, column="line", message="") for number in (4, 7))
+    piece = tables.Piece(batch=batch, number_R=np.array([3, 5, 6]), problems=told)
+    for done in range(9):
+        rest = csv_lines._after(piece, done)
+        assert rest.number_R.tolist() == [n for n in (3, 5, 6) if n > done]
+        assert rest.batch.column("e").to_pylist() == [str(n).encode() for n in rest.number_R]
+        assert [p.number for p in rest.problems] == [n for n in (4, 7) if n > done]
 
 
 def test_a_quote_that_is_never_closed(tmp_path, monkeypatch):
