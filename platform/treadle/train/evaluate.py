@@ -82,8 +82,7 @@ class Evaluator:
         self._symbols = manifest.header.content.symbols
         self._questions = _questions(manifest, manifest.rows_of(split), grouped=task.has_alternatives)
         self._lengths = manifest.columns["length"]
-        slots = str(max(spec.batch.slots, self._longest()))
-        self._batch = BatchSpec(max_slots=slots, max_rows=spec.batch.max_rows, noise=0.0)
+        self._batch = BatchSpec(max_slots=spec.batch.max_slots, max_rows=spec.batch.max_rows, noise=0.0)
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -94,35 +93,38 @@ class Evaluator:
         scores, samples = Scores(self._task.num_labels), []
         was_training = network.training
         network.eval()
-        for groups, batch, lease in ahead(self._batches):
-            with precision.autocast():
-                logits = run_network(network, batch, self._world.device)
-                loss = self._task.loss_sum(logits, batch)
-            scores.loss_sum += float(loss)
-            scores.loss_count += self._task.count(batch)
-            answers = self._task.answers(logits, torch.from_numpy(batch.lengths_B))
-            for group, references, answer in zip(groups, self._references(groups), answers, strict=True):
-                scores.add(self._task.score(answer, references))
-                samples.append((group, references, answer))
-            lease.release()  # the loss has been read: a device has what it needed
-        network.train(was_training)
+        try:
+            for groups, batch, lease in ahead(self._batches):
+                with precision.autocast():
+                    logits = run_network(network, batch, self._world.device)
+                    loss = self._task.loss_sum(logits, batch)
+                scores.loss_sum += float(loss)
+                scores.loss_count += self._task.count(batch)
+                answers = self._task.answers(logits, torch.from_numpy(batch.lengths_B))
+                for group, references, answer in zip(groups, self._references(groups), answers, strict=True):
+                    scores.add(self._task.score(answer, references))
+                    samples.append((group, references, answer))
+                lease.release()  # the loss has been read: a device has what it needed
+        finally:
+            network.train(was_training)
         return self._summed(scores, samples)
 
-    def _longest(self) -> int:
-        return max((int(self._lengths[group[0]]) for group in self._questions), default=1)
-
     def _batches(self) -> Iterator[tuple[list[NDArray[np.int64]], Batch, Lease]]:
-        if not self._questions:
-            return
-        firsts = np.array([group[0] for group in self._questions], np.int64)
-        lengths = self._lengths[firsts].astype(np.int64)
-        plan = plan_epoch(lengths, self._batch, lanes=self._world.size, seed=0, epoch=0)
-        for number in range(plan.num_rounds):
-            rows = plan.lane_rows(number, self._world.rank)
-            if len(rows):
-                lease = self._buffers.lease()
-                batch = self._reader.batch(firsts[rows], form=self._form, lease=lease)
-                yield [self._questions[i] for i in rows], batch, lease
+        firsts_N = np.array([group[0] for group in self._questions], np.int64)
+        for rows in self._dealt(self._lengths[firsts_N].astype(np.int64)):
+            lease = self._buffers.lease()
+            batch = self._reader.batch(firsts_N[rows], form=self._form, lease=lease)
+            yield [self._questions[i] for i in rows], batch, lease
+
+    def _dealt(self, lengths_N: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """This rank's batches: at most as many slots as in training, but for rows that alone have more."""
+        world, is_long_N = self._world, lengths_N > self._batch.slots
+        if not is_long_N.all():
+            short = np.flatnonzero(~is_long_N)
+            plan = plan_epoch(lengths_N[short], self._batch, lanes=world.size, seed=0, epoch=0)
+            dealt = (plan.lane_rows(number, world.rank) for number in range(plan.num_rounds))
+            yield from (short[rows] for rows in dealt if len(rows))
+        yield from np.flatnonzero(is_long_N)[world.rank :: world.size, None]
 
     def _references(self, groups: list[NDArray[np.int64]]) -> list[list[tuple[int, ...]]]:
         """The accepted labels of each group."""
@@ -139,7 +141,7 @@ class Evaluator:
         scores.counts = world.sum_tensor(scores.counts.to(world.device)).cpu()
         step = max(1, len(samples) // NUM_SAMPLES)
         return Evaluation(
-            metrics={"loss": scores.loss_sum / max(1.0, scores.loss_count), **self._task.metrics(scores)},
+            metrics={"loss": scores.loss_sum / (scores.loss_count or 1.0), **self._task.metrics(scores)},
             num_rows=int(scores.rows),
             confusion=tuple(tuple(int(v) for v in row) for row in scores.counts.tolist()),
             samples=tuple(self._sample(*item) for item in samples[::step][:NUM_SAMPLES]),

@@ -24,9 +24,11 @@ class Speller(nn.Module):
         super().__init__()
         self.frames_per_step = frames_per_step
         self.num_rows = 0
+        self.slots: list[int] = []
 
     def forward(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         self.num_rows += len(lengths_B)
+        self.slots.append(tokens_BT.numel())
         assert not self.training
         frames = torch.zeros(*tokens_BT.shape, self.frames_per_step, dtype=torch.long)
         frames[..., 0] = tokens_BT  # symbol ids start at 1, as labels do above the blank
@@ -165,6 +167,21 @@ def test_rows_count_by_their_weight_in_the_loss_alone():
         wanted = (weight * wrong + right) / (weight * 4 + 4)  # two label frames for each of two steps
         assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-3)
         assert found.metrics["word_error_rate"] == 0.5
+
+
+def test_small_weights_do_not_make_a_small_loss():
+    rows = [says("ab", "ab", "CC"), says("ca", "ca", "CA")]
+    plain, _ = evaluated(rows)
+    light, _ = evaluated([dataclasses.replace(row, weight=0.001) for row in rows])
+    assert light.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-5)
+
+
+def test_a_long_row_does_not_make_the_batches_of_others_long():
+    rows = [says(str(i), "ab", "AB") for i in range(30)] + [says("long", "abc" * 20, "ABC" * 20)]
+    found, network = evaluated(rows, slots=8)
+    assert (found.num_rows, found.metrics["word_error_rate"]) == (31, 0.0)
+    assert max(network.slots[:-1]) <= 8
+    assert network.slots[-1] == 60
 
 
 class FirstClass(nn.Module):
