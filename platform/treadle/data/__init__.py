@@ -26,8 +26,8 @@ from treadle.data.shelf import (
 )
 from treadle.data.sources.declared import open_source
 from treadle.data.sources.fetch import fetch
-from treadle.data.sources.files import list_files
-from treadle.data.sources.watch import Watch, digests_of, pinned_files, watch_source
+from treadle.data.sources.files import digests_of, list_files, pinned_files
+from treadle.data.sources.watch import Watch, watch_source
 
 __all__ = [
     "SPLITS",

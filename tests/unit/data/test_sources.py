@@ -23,7 +23,7 @@ from treadle.data.chunk import CHUNK_BYTES
 from treadle.data.draft import Draft, Frames, Labels, Row, Tokens, Values
 from treadle.data.sources import tables
 from treadle.data.sources.declared import open_source
-from treadle.data.sources.files import find_files
+from treadle.data.sources.files import digests_of, find_files
 from treadle.data.sources.rows import DraftSource
 from treadle.errors import ConfigError, DataError, IntegrityError
 from treadle.spec import ColumnsSpec, DataSpec, Format, Missing, TargetPer
@@ -604,9 +604,9 @@ def test_formats(tmp_path):
 def test_checksums_of_files(tmp_path):
     path = written(tmp_path, pa.table({"x": F3}), "parquet")
     columns = ColumnsSpec(inputs=["x"])
-    digests = opened(path, columns).digests()
+    digests = digests_of(opened(path, columns).lines.place, {})
     assert list(digests) == ["t.parquet"]
-    assert opened(path, columns, sha256=digests).digests() == digests
+    assert digests_of(opened(path, columns, sha256=digests).lines.place, {}) == digests
     with pytest.raises(IntegrityError, match=r"t.parquet: got sha256"):
         opened(path, columns, sha256={"t.parquet": "0" * 64})
     with pytest.raises(DataError, match=r"got 't.parqet', expected a file of the source - did you mean 't.parquet'"):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from treadle.data import find_note, load_manifest, rows_recipe
-from treadle.data.sources.watch import pinned_files, watch_source
+from treadle.data.sources.files import pinned_files
+from treadle.data.sources.watch import watch_source
 from treadle.errors import DataError, IntegrityError
 from treadle.launch.datasets import find_data
 from treadle.launch.submit import prepare_data

@@ -44,10 +44,6 @@ class TableSource:
         for piece in self.lines.read(part):
             yield to_chunk(piece, part.file, self.reading, split=part.split)
 
-    def digests(self) -> dict[str, str]:
-        """The sha256 of each file. Cost: reads them all."""
-        return self.lines.digests()
-
 
 def open_source(
     data: DataSpec,

@@ -66,10 +66,6 @@ class EventsSource:
         files = tuple(file.name for file in self.lines.place.files)
         return chunks_of_events(Path(part.path), files, self.schema, self.clock)
 
-    def digests(self) -> dict[str, str]:
-        """The sha256 of each file that was read. Cost: reads them all."""
-        return self.lines.digests()
-
 
 _COMPLAINTS = "complaints.arrows"
 

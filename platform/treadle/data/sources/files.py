@@ -11,7 +11,8 @@ import json
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from treadle.data.sources.fetch import download
 from treadle.errors import ConfigError, DataError, IntegrityError, did_you_mean
 from treadle.spec import DataSpec, Format
 
-__all__ = ["Place", "SourceFile", "find_files", "list_files", "sha256_of"]
+__all__ = ["Place", "SourceFile", "digests_of", "find_files", "list_files", "pinned_files", "sha256_of"]
 
 _ENDINGS = {
     "parquet": Format.parquet,
@@ -306,28 +307,48 @@ def _json_of(filesystem: fs.FileSystem, path: str) -> Mapping[str, Any] | None:
     return value
 
 
+def pinned_files(names: Collection[str], sha256: Mapping[str, str]) -> dict[str, str]:
+    """The expected digest of each file that `data.sha256` names, by its whole name or one that no other file has."""
+    named = _by_name(names)
+    found = {key: named.get(key, []) for key in sorted(sha256, key=len)}  # a whole name, longer, has the last word
+    return {files[0]: sha256[key] for key, files in found.items() if len(files) == 1}
+
+
+def _by_name(names: Collection[str]) -> dict[str, list[str]]:
+    """The files that each whole name, and each last part of one, stands for."""
+    named: dict[str, list[str]] = {}
+    for name in names:
+        named.setdefault(name.rpartition("/")[2], []).append(name)
+    return named | {name: [name] for name in names}
+
+
 def _check_digests(place: Place, expected: Mapping[str, str]) -> None:
-    names = {file.name: [file] for file in place.files}
-    last_parts: dict[str, list[SourceFile]] = {}
-    for file in place.files:
-        last_parts.setdefault(file.name.rpartition("/")[2], []).append(file)
+    files = {file.name: file for file in place.files}
+    named = _by_name(files)
     for name, digest in expected.items():
-        found = names.get(name) or last_parts.get(name, [])
+        found = named.get(name, [])
         if not found:
             raise DataError(
-                f"data.sha256: got {name!r}, expected a file of the source{did_you_mean(name, (*names, *last_parts))}"
+                f"data.sha256: got {name!r}, expected a file of the source{did_you_mean(name, tuple(named))}"
             )
         if len(found) > 1:
-            several = f"{found[0].name}, {found[1].name}" + (", ..." if len(found) > 2 else "")
+            several = f"{found[0]}, {found[1]}" + (", ..." if len(found) > 2 else "")
             raise ConfigError(
                 f"data.sha256: got {name!r}, the name of {len(found)} files ({several}), expected that of one",
                 hint="data.sha256={<folder>/<name>: <digest>}",
             )
-        if (seen := sha256_of(place, found[0])) != digest:
+        if (seen := sha256_of(place, files[found[0]])) != digest:
             raise IntegrityError(
-                f"{found[0].name}: got sha256 {seen}, expected {digest}",
+                f"{found[0]}: got sha256 {seen}, expected {digest}",
                 hint="another data.source, or the new data.sha256 if the file is meant to have changed",
             )
+
+
+def digests_of(place: Place, known: Mapping[str, str]) -> dict[str, str]:
+    """The sha256 of each file by name; those that are known are not read. Cost: 2 files at a time, 1.5 GB/s each."""
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda file: known.get(file.name) or sha256_of(place, file), place.files)
+        return {file.name: digest for file, digest in zip(place.files, found, strict=True)}
 
 
 def sha256_of(place: Place, file: SourceFile) -> str:

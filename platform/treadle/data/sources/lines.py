@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
 from treadle.data.chunk import Part
-from treadle.data.sources.files import Place, find_files, sha256_of
+from treadle.data.sources.files import Place, find_files
 from treadle.data.sources.infer import columns_of
 from treadle.data.sources.tables import Piece, arrow_schema, check_columns, read_table, table_parts
 from treadle.data.sources.texts import read_text, text_columns, text_schema
@@ -54,12 +53,6 @@ class Lines:
                 if piece.batch.num_rows:
                     return part.file, piece.batch
         raise DataError(f"{self.place.files[0].name}: got no row that can be read, expected at least one")
-
-    def digests(self) -> dict[str, str]:
-        """The sha256 of each file, by name. Cost: reads them all, two at a time, about 1.5 GB/s each."""
-        with ThreadPoolExecutor(2) as pool:
-            found = pool.map(lambda file: sha256_of(self.place, file), self.place.files)
-            return {file.name: digest for file, digest in zip(self.place.files, found, strict=True)}
 
 
 def open_lines(data: DataSpec, spec: ColumnsSpec, scratch: Path) -> Lines:

@@ -6,20 +6,18 @@ import dataclasses
 import datetime as dt
 import functools
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyarrow import fs
 
 from treadle import wire
-from treadle.data.sources.files import Place, list_files, sha256_of
+from treadle.data.sources.files import Place, list_files
 from treadle.errors import IntegrityError, TreadleError
 from treadle.spec import DataSpec, Format
 
-__all__ = ["Watch", "digests_of", "pinned_files", "watch_source"]
+__all__ = ["Watch", "watch_source"]
 
 Stamp = tuple[int, ...]
 """When a file was last written or replaced, and its size: all that a store of objects says; of a local file also the
@@ -81,21 +79,6 @@ def watch_source(data: DataSpec, *, declared: bool) -> Watch | None:
     if _settle(stamps.values()):
         stamps = _stamps(place)
     return Watch(place=place, stamps=stamps)
-
-
-def pinned_files(names: Collection[str], sha256: Mapping[str, str]) -> dict[str, str]:
-    """The expected digest of each file that `data.sha256` names, by its whole name or one that no other file has."""
-    last = {name: name.rsplit("/", 1)[-1] for name in names}
-    counts = Counter(last.values())
-    keys = {name: name if name in sha256 or counts[base] > 1 else base for name, base in last.items()}
-    return {name: sha256[key] for name, key in keys.items() if key in sha256}
-
-
-def digests_of(place: Place, known: Mapping[str, str]) -> dict[str, str]:
-    """The sha256 of each file by name; those that are known are not read. Cost: 2 files at a time, 1.5 GB/s each."""
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda file: known.get(file.name) or sha256_of(place, file), place.files)
-        return {file.name: digest for file, digest in zip(place.files, found, strict=True)}
 
 
 def _stamps(place: Place) -> dict[str, Stamp]:
