@@ -29,11 +29,6 @@ LONG = ("integration", "learning")
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long comes first, so that no process waits for the other at the end."""
-    for item in items:
-        if item.get_closest_marker("ray") and item.path.name not in CLUSTERS:
-            raise pytest.UsageError(
-                f"{item.nodeid}: got the mark `ray` in a file that CLUSTERS (conftest.py) leaves out"
-            )
     items.sort(key=lambda item: (item.path.name not in CLUSTERS, *(part not in item.path.parts for part in LONG)))
 
 

@@ -19,12 +19,6 @@ _MAGIC = b"ARROW1\0\0"
 _HEAD = len(_MAGIC) + 8  # and the continuation mark and size of the schema message
 
 
-class Found(Protocol):
-    """An entry of a store: `treadle.store.Entry`."""
-
-    key: str
-
-
 class Stored(Protocol):
     def get(self, key: str, *, offset: int = 0, size: int | None = None) -> bytes: ...
     def list(self, prefix: str) -> Any: ...
