@@ -10,11 +10,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from treadle.errors import ConfigError
 
-__all__ = ["Blobs", "Entry", "check_key", "check_prefix", "check_range", "is_key"]
+__all__ = ["Blobs", "Data", "Entry", "check_key", "check_prefix", "check_range", "is_key"]
+
+Data: TypeAlias = bytes | bytearray | memoryview
+"""Bytes to be written; those of a view are read where they lie."""
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,127}")
 _MAX_KEY = 900  # S3 takes 1024 bytes, the store's own prefix included
@@ -96,8 +99,17 @@ class Blobs(Protocol):
         """The entry of `key`, or None."""
         ...
 
-    def put(self, key: str, data: bytes) -> Entry:
-        """Write `key`, whatever was there."""
+    def put(self, key: str, data: Data) -> Entry:
+        """Write `key`, whatever was there, in parts where it is large."""
+        ...
+
+    def holds(self, key: str, data: Data) -> bool:
+        """Whether `key` is there with these very bytes, found out as cheaply as the place can.
+
+        A bit that was flipped on the way shows: S3 answers with the checksum of what it stored, and is read back where
+        it has none or does not check uploads. A folder compares the size: `put` has flushed the bytes, and reading them
+        back would ask the same memory that they were written from (tests/unit/store/blob_contract.py).
+        """
         ...
 
     def create(self, key: str, data: bytes) -> Entry:

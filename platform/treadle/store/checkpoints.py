@@ -4,7 +4,7 @@ Keys, below `runs/<run>/`:
 
     HEAD.json                                    who may commit, and what was committed
     ckpt/<update>-<attempt>-<nonce>/<file>       written first, never overwritten
-    ckpt/<update>-<attempt>-<nonce>/MANIFEST.json   written last
+    ckpt/<update>-<attempt>-<nonce>/MANIFEST.json   written last, when the store holds the very bytes of the files
     ckpt/.../quarantine.json                     found damaged; never offered again
     ckpt/.../KEEP.json                           something points here; retention leaves it
 
@@ -14,17 +14,20 @@ it, so a zombie of an older attempt can write bytes but cannot make anyone resto
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from treadle import wire
-from treadle.errors import ConfigError, ConflictError, IntegrityError, NotFoundError, TreadleError
-from treadle.store.blobs import Blobs, check_key
-from treadle.store.claims import create_once, swap
-from treadle.store.sealed import checksum, nonce, read_verified, seal, stamp, unseal
+from treadle.errors import ConfigError, IntegrityError, NotFoundError, TreadleError
+from treadle.store.blobs import Blobs, Data, check_key
+from treadle.store.claims import create_once
+from treadle.store.lease import Head, Lease
+from treadle.store.sealed import nonce, seal, stamp, unseal
+from treadle.store.transfers import Sums, read_files, write_files
 
 __all__ = ["CheckpointManifest", "Checkpoints", "keep"]
 
@@ -49,6 +52,7 @@ class CheckpointManifest:
         state: the small state (update, epoch, position, ...), JSON.
         spec_digest: sha256 of the job spec it was trained under.
         data_digest: digest of the data set it was trained on.
+        best: whether it was the best so far when it was committed.
     """
 
     run: str
@@ -60,25 +64,11 @@ class CheckpointManifest:
     state: dict[str, Any]
     spec_digest: str
     data_digest: str
+    best: bool = False
 
     def key(self, name: str) -> str:
         """The key of the file `name`."""
         return f"{self.prefix}/{name}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Head:
-    """Who may commit (`attempt`, `holder`) and what was committed (`kept`, newest first).
-
-    `rev` and `nonce` make every content unlike all before it: an S3 version is a hash of the
-    content, and an old content put back would let a stale swap succeed.
-    """
-
-    attempt: int
-    rev: int
-    holder: str
-    nonce: str
-    kept: tuple[str, ...]
 
 
 class Checkpoints:
@@ -103,10 +93,8 @@ class Checkpoints:
         self._blobs = blobs
         self._keep_last = keep_last
         self._digests = {"spec_digest": spec_digest, "data_digest": data_digest}
-        self._head_key = f"runs/{run}/HEAD.json"
         self._folder = f"runs/{run}/ckpt"
-        self._holder = nonce()
-        self._held: _Head | None = None
+        self._lease = Lease(blobs, run, attempt=attempt, rebuild=self._rebuilt_head)
         self._lock = threading.RLock()
 
     def acquire(self) -> None:
@@ -116,36 +104,48 @@ class Checkpoints:
             ConflictError: a newer attempt holds it.
         """
         with self._lock:
-            self._advance(lambda head: replace(head, attempt=self.attempt, holder=self._holder), taking=True)
+            self._lease.take()
 
-    def commit(self, update: int, files: Mapping[str, bytes], state: Mapping[str, Any]) -> CheckpointManifest:
+    def commit(
+        self, update: int, files: Mapping[str, Data], state: Mapping[str, Any], *, best: bool = False
+    ) -> CheckpointManifest:
         """Make one state durable; when this returns, `latest` offers it.
+
+        What is older than the last `keep_last` and is not the best is removed, after that.
+
+        Args:
+            update: optimizer steps done.
+            files: their bytes by name; they are not copied as a whole.
+            state: the small state, JSON.
+            best: whether retention is to keep it until another best is committed.
 
         Raises:
             ConflictError: a newer attempt holds the run; nothing changed for it.
-            IntegrityError: the store does not hold what was written.
+            IntegrityError: the store does not hold what was written; what was committed before still stands.
         """
         with self._lock:
-            if self._held is None:
+            if self._lease.held is None:
                 self.acquire()
-            held = self._check_held()
+            held = self._lease.check()
             prefix = f"{self._folder}/{update:08d}-{self.attempt:04d}-{nonce()}"
-            sums = {self._file_name(prefix, name): (len(data), checksum(data)) for name, data in files.items()}
+            for name in files:
+                self._check_file_name(prefix, name)
             manifest = CheckpointManifest(
                 run=self.run,
                 update=update,
                 attempt=self.attempt,
                 prefix=prefix,
                 prev=held.kept[0] if held.kept else None,
-                files=sums,
+                files=self._write(prefix, files),
                 state=dict(state),
+                best=best,
                 **self._digests,
             )
-            sealed = seal("checkpoint", manifest)
-            self._write(prefix, files, sealed)
-            kept = [old for old in held.kept if not self._is_quarantined(old)]
-            self._advance(lambda head: replace(head, kept=(prefix, *kept[: self._keep_last - 1])))
-            self._retire()
+            sealed = self._seal(manifest)
+            before = self._folders()
+            kept = tuple(old for old in held.kept if not self._is_quarantined(old))[: self._keep_last - 1]
+            self._lease.swap(lambda head: replace(head, kept=(prefix, *kept), best=prefix if best else head.best))
+            self._retire(before)
             return unseal(CheckpointManifest, sealed, kind="checkpoint", where=prefix)
 
     def latest(self) -> CheckpointManifest | None:
@@ -154,20 +154,24 @@ class Checkpoints:
         One that is damaged is quarantined, and the one before it is tried.
 
         Raises:
-            IntegrityError: it was made under another spec or on other data.
+            IntegrityError: all of them are damaged, or it was made under another spec or on other data.
         """
         found = self.restore()
         return found[0] if found else None
 
     def restore(self) -> tuple[CheckpointManifest, dict[str, bytes]] | None:
-        """`latest` together with its files, read once."""
-        tried: set[str] = set()
+        """`latest` together with its files, read once; None only where nothing was ever committed.
+
+        Raises:
+            IntegrityError: as for `latest`.
+        """
+        tried: dict[str, str] = {}
         while (prefix := next((p for p in self._offered() if p not in tried), None)) is not None:
-            tried.add(prefix)
             try:
                 manifest = self._manifest(prefix)
                 files = self._read_files(manifest)
             except IntegrityError as error:
+                tried[prefix] = error.message
                 # A reader may be overtaken by the retention of the running attempt: only what is
                 # still offered and still damaged is damaged.
                 if prefix in self._offered():
@@ -175,7 +179,22 @@ class Checkpoints:
                 continue
             self._check_lineage(manifest)
             return manifest, files
+        if damaged := self._named():
+            raise self._all_damaged(damaged, tried)
         return None
+
+    def best(self) -> CheckpointManifest | None:
+        """The manifest of the best checkpoint; None where none was marked as such. `read` gives its files.
+
+        Raises:
+            IntegrityError: its manifest is damaged, or it was made under another spec or on other data.
+        """
+        head = self._lease.read() or self._rebuilt_head()
+        if head.best is None:
+            return None
+        manifest = self._manifest(head.best)
+        self._check_lineage(manifest)
+        return manifest
 
     def read(self, manifest: CheckpointManifest) -> dict[str, bytes]:
         """The files of a checkpoint, verified.
@@ -189,34 +208,51 @@ class Checkpoints:
 
     # Writing
 
-    def _file_name(self, prefix: str, name: str) -> str:
+    def _check_file_name(self, prefix: str, name: str) -> None:
         check_key(f"{prefix}/{name}")
         if name in {_MANIFEST, _QUARANTINE, _KEEP}:
             raise ConfigError(f"checkpoint file: got {name!r}, expected a name that is not reserved")
-        return name
 
-    def _write(self, prefix: str, files: Mapping[str, bytes], sealed: bytes) -> None:
-        for name, data in files.items():
-            self._blobs.put(f"{prefix}/{name}", data)
-        for name, data in files.items():
-            entry = self._blobs.head(f"{prefix}/{name}")
-            if entry is None or entry.size_bytes != len(data):
-                seen = "nothing" if entry is None else f"{entry.size_bytes} bytes"
-                self._check_held()  # a newer attempt sweeps what we write: say that instead
-                raise IntegrityError(f"{prefix}/{name}: got {seen} after writing, expected {len(data)} bytes")
-        key = f"{prefix}/{_MANIFEST}"
-        if not create_once(self._blobs, key, sealed) or self._blobs.get(key) != sealed:
-            raise IntegrityError(f"{key}: does not read back as written")
-
-    def _retire(self) -> None:
-        """Remove what HEAD does not name: older checkpoints, and what dead writers left."""
-        assert self._held is not None
-        kept = set(self._held.kept)
+    def _write(self, prefix: str, files: Mapping[str, Data]) -> Sums:
         try:
-            for folder in self._blobs.children(self._folder):
-                match = _FOLDER.fullmatch(folder)
-                prefix = f"{self._folder}/{folder}"
-                if match and int(match[2]) <= self.attempt and prefix not in kept:
+            sums = write_files(self._blobs, {f"{prefix}/{name}": data for name, data in files.items()})
+        except TreadleError as error:
+            with contextlib.suppress(TreadleError):  # what was written takes the space that the next one needs
+                self._remove(prefix)
+            if isinstance(error, IntegrityError):
+                self._lease.check()  # a newer attempt sweeps what we write: say that instead
+            raise
+        return {key.removeprefix(f"{prefix}/"): told for key, told in sums.items()}
+
+    def _seal(self, manifest: CheckpointManifest) -> bytes:
+        """Write the manifest; without it the files are nobody's."""
+        sealed = seal("checkpoint", manifest)
+        key = manifest.key(_MANIFEST)
+        with contextlib.suppress(NotFoundError):  # a newer attempt sweeps what we write
+            if create_once(self._blobs, key, sealed) and self._blobs.get(key) == sealed:
+                return sealed
+        self._lease.check()
+        raise IntegrityError(f"{key}: does not read back as written")
+
+    def _folders(self) -> list[str]:
+        """The folders that retention may remove once HEAD is swapped.
+
+        Listed before the swap: while HEAD was ours nobody else wrote, so that none of these is on its way to a commit
+        of a process that took over since.
+        """
+        return [
+            f"{self._folder}/{folder}"
+            for folder in self._blobs.children(self._folder)
+            if (match := _FOLDER.fullmatch(folder)) and int(match[2]) <= self.attempt
+        ]
+
+    def _retire(self, before: list[str]) -> None:
+        """Remove what HEAD does not name: older checkpoints, and what dead writers left."""
+        assert self._lease.held is not None
+        named = self._lease.held.named
+        try:
+            for prefix in before:
+                if prefix not in named:
                     self._remove(prefix)
         except TreadleError:
             pass  # the commit stands; the next one sweeps again
@@ -228,72 +264,37 @@ class Checkpoints:
         for name in sorted(names, key=lambda name: name != _MANIFEST):  # first of all it stops being whole
             self._blobs.delete(f"{prefix}/{name}")
 
-    # HEAD
+    # Reading
 
-    def _read_head(self) -> tuple[_Head | None, str | None]:
-        """HEAD (None: missing or unreadable) and the version to swap it by (None: missing)."""
-        entry = self._blobs.head(self._head_key)  # before the content: a change between shows in the swap
-        if entry is None:
-            return None, None
-        try:
-            return unseal(_Head, self._blobs.get(self._head_key), kind="head", where=self._head_key), entry.version
-        except (IntegrityError, NotFoundError):
-            return None, entry.version
-
-    def _rebuilt_head(self) -> _Head:
+    def _rebuilt_head(self) -> Head:
         """HEAD as the folders tell it."""
         listed = self._listed()
         newest = max((attempt for attempt, _, _ in listed), default=0)
-        return _Head(attempt=newest, rev=0, holder="", nonce="", kept=tuple(prefix for _, _, prefix in listed))
+        prefixes = tuple(prefix for _, _, prefix in listed)
+        best = next((prefix for prefix in prefixes if self._was_best(prefix)), None)
+        return Head(attempt=newest, rev=0, holder="", nonce="", kept=prefixes, best=best)
 
-    def _check_held(self) -> _Head:
-        head, _ = self._read_head()
-        if head is None:
-            head = self._held or self._rebuilt_head()
-        if head.holder != self._holder:
-            raise self._fenced(head)
-        return head
+    def _was_best(self, prefix: str) -> bool:
+        try:
+            return self._manifest(prefix).best
+        except IntegrityError:
+            return False
 
-    def _advance(self, change: Callable[[_Head], _Head], *, taking: bool = False) -> None:
-        """Swap HEAD for `change(HEAD)`, unless another attempt holds it."""
-        while True:
-            head, version = self._read_head()
-            if head is None:
-                head = self._rebuilt_head()
-                if self._held is not None and head.attempt <= self.attempt:
-                    head = self._held
-            if head.attempt > self.attempt or (head.holder != self._holder and not taking):
-                raise self._fenced(head)
-            head = replace(change(head), rev=head.rev + 1, nonce=nonce())
-            if swap(self._blobs, self._head_key, seal("head", head), version=version):
-                self._held = head
-                return
+    def _named(self) -> tuple[str, ...]:
+        """What was committed and is to be kept, damaged or not."""
+        return (self._lease.read() or self._rebuilt_head()).named
 
-    def _fenced(self, head: _Head) -> ConflictError:
-        holder = f"attempt {head.attempt}" if head.attempt != self.attempt else "a later process of the same attempt"
-        return ConflictError(
-            f"run {self.run}: got a commit of attempt {self.attempt}, expected {holder}, which holds the run",
-            hint="end this process; it was replaced",
-            run=self.run,
-            attempt=self.attempt,
-            holder=head.attempt,
-        )
-
-    # Reading
-
-    def _offered(self) -> Iterator[str]:
-        head, _ = self._read_head()
-        kept = head.kept if head else [prefix for _, _, prefix in self._listed()]
-        return (prefix for prefix in kept if not self._is_quarantined(prefix))
+    def _offered(self) -> list[str]:
+        return [prefix for prefix in self._named() if not self._is_quarantined(prefix)]
 
     def _listed(self) -> list[tuple[int, int, str]]:
-        """(attempt, update, prefix) of every folder with a manifest, newest first."""
-        found = []
-        for folder in self._blobs.children(self._folder):
-            match = _FOLDER.fullmatch(folder)
-            if match and self._blobs.head(f"{self._folder}/{folder}/{_MANIFEST}"):
-                found.append((int(match[2]), int(match[1]), f"{self._folder}/{folder}"))
-        return sorted(found, reverse=True)
+        """(attempt, update, prefix) of every folder with a manifest, or else of every folder; newest first."""
+        matches = (_FOLDER.fullmatch(folder) for folder in self._blobs.children(self._folder))
+        found = [(int(match[2]), int(match[1]), f"{self._folder}/{match[0]}") for match in matches if match]
+        whole = [item for item in found if self._blobs.head(f"{item[2]}/{_MANIFEST}")]
+        # Without HEAD and without any manifest nobody can tell a lost commit from one that was never finished;
+        # they are offered, and found damaged, so that a run is not begun anew in silence.
+        return sorted(whole or found, reverse=True)
 
     def _manifest(self, prefix: str) -> CheckpointManifest:
         key = f"{prefix}/{_MANIFEST}"
@@ -302,15 +303,13 @@ class Checkpoints:
         except NotFoundError:
             raise IntegrityError(f"{key}: missing") from None
         manifest = unseal(CheckpointManifest, data, kind="checkpoint", where=key)
-        if manifest.prefix != prefix:
+        if (manifest.prefix, manifest.run) != (prefix, self.run):
             raise IntegrityError(f"{key}: got the manifest of {manifest.prefix}, expected that of {prefix}")
         return manifest
 
     def _read_files(self, manifest: CheckpointManifest) -> dict[str, bytes]:
-        return {
-            name: read_verified(self._blobs, manifest.key(name), size_bytes=size_bytes, xxh3_128=xxh3_128)
-            for name, (size_bytes, xxh3_128) in manifest.files.items()
-        }
+        found = read_files(self._blobs, {manifest.key(name): told for name, told in manifest.files.items()})
+        return {name: found[manifest.key(name)] for name in manifest.files}
 
     def _check_lineage(self, manifest: CheckpointManifest) -> None:
         for name, expected in {"run": self.run, **self._digests}.items():
@@ -326,6 +325,16 @@ class Checkpoints:
     def _quarantine(self, prefix: str, error: IntegrityError) -> None:
         note = {"reason": error.message, "attempt": self.attempt, "time": stamp()}
         create_once(self._blobs, f"{prefix}/{_QUARANTINE}", seal("quarantine", note))
+
+    def _all_damaged(self, damaged: tuple[str, ...], reasons: Mapping[str, str]) -> IntegrityError:
+        told = "; ".join(reasons.get(prefix, f"{prefix}: quarantined before") for prefix in damaged)
+        return IntegrityError(
+            f"run {self.run}: got {len(damaged)} checkpoints, all damaged ({told}), expected a sound one",
+            hint=f"put the files of one back from a copy of {self._blobs.uri} and delete the {_QUARANTINE} beside "
+            "them, or start a new run",
+            run=self.run,
+            damaged=list(damaged),
+        )
 
 
 def keep(blobs: Blobs, key: str, *, by: str) -> None:

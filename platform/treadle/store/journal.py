@@ -11,6 +11,7 @@ Rows are kept in the order of their writer; a time in them is the caller's, and 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import threading
@@ -47,7 +48,9 @@ class Journal:
     def __init__(self, blobs: Blobs, key: str, *, writer: str, interval_s: float = _INTERVAL_S) -> None:
         wire.check_name("journal writer", writer)
         path = blobs.local_path(check_key(key))
-        self._sink = _ShardSink(blobs, f"{key}/{writer}", interval_s) if path is None else _FileSink(path)
+        self._sink = (
+            _ShardSink(blobs, f"{key}/{writer}", interval_s) if path is None else _FileSink(path, key.count("/") + 2)
+        )
         atexit.register(self.close)
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -87,8 +90,11 @@ class Journal:
 
 
 class _FileSink:
-    def __init__(self, path: Path) -> None:
+    """Rows in a file; its name and those of the `depth` folders that lead to it are flushed with the first rows."""
+
+    def __init__(self, path: Path, depth: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._unflushed = list(path.parents)[:depth]
         self._file: int | None = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._lock = threading.Lock()
         self._waiting: list[bytes] = []
@@ -112,6 +118,9 @@ class _FileSink:
             self._write(self._file)
             try:
                 os.fsync(self._file)
+                while self._unflushed:
+                    _flush_names(self._unflushed[-1])
+                    self._unflushed.pop()
             except OSError as error:
                 self.last_error = str(error)
                 return False
@@ -143,6 +152,16 @@ class _FileSink:
                 continue
             self._waiting.pop(0)
         self.last_error = ""
+
+
+def _flush_names(folder: Path) -> None:
+    """Make the names in a folder outlive a power cut."""
+    with contextlib.suppress(PermissionError):  # what lies above the store may be others'
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 class _ShardSink:

@@ -32,11 +32,16 @@ class Backend(enum.Enum):
 
 
 class AttemptStatus(enum.Enum):
-    """How an attempt ended. stopped: asked to leave, and resumable."""
+    """How an attempt ended; all but finished can be resumed.
+
+    stopped: asked to leave. preempted: its machine goes away. lost: it said nothing any more; somebody else wrote that.
+    """
 
     finished = "finished"
     stopped = "stopped"
+    preempted = "preempted"
     failed = "failed"
+    lost = "lost"
 
 
 class RunState(enum.Enum):
@@ -46,15 +51,18 @@ class RunState(enum.Enum):
     running = "running"
     finished = "finished"
     stopped = "stopped"
+    preempted = "preempted"
     failed = "failed"
+    lost = "lost"
     unreadable = "unreadable"
 
 
 class RequestKind(enum.Enum):
-    """stop: commit and end. checkpoint: commit and go on."""
+    """stop: commit and end. checkpoint: commit and go on. drain: commit now, and again just before the time is up."""
 
     stop = "stop"
     checkpoint = "checkpoint"
+    drain = "drain"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +173,11 @@ class RunSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A wish to the attempt named in it; any other attempt leaves it alone."""
+    """A wish to the attempt named in it; any other attempt leaves it alone.
+
+    Args:
+        within_s: how long there is from when it is seen; for `drain`.
+    """
 
     seq: int
     kind: RequestKind
@@ -173,3 +185,4 @@ class Request:
     attempt: int
     created_at: str
     nonce: str
+    within_s: float | None = None

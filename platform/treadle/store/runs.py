@@ -14,6 +14,7 @@ Keys, below `runs/<run>/`:
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import re
 import secrets
@@ -217,7 +218,9 @@ class Runs:
 
     # Requests
 
-    def request(self, run: str, kind: RequestKind, reason: str, *, attempt: int | None = None) -> int:
+    def request(
+        self, run: str, kind: RequestKind, reason: str, *, attempt: int | None = None, within_s: float | None = None
+    ) -> int:
         """Leave a wish for an attempt; its number.
 
         Args:
@@ -225,6 +228,7 @@ class Runs:
             kind: what is wished.
             reason: for people.
             attempt: whose it is: the running one, or the first of a queued run, when not given.
+            within_s: how long there is, from when it is seen; for `drain`.
 
         Raises:
             ConflictError: no attempt is running, so nobody would answer.
@@ -240,7 +244,15 @@ class Runs:
         mine, made_at, wanted = attempt, stamp(), nonce()
 
         def body(seq: int) -> bytes:
-            wish = Request(seq=seq, kind=kind, reason=reason, attempt=mine, created_at=made_at, nonce=wanted)
+            wish = Request(
+                seq=seq,
+                kind=kind,
+                reason=reason,
+                attempt=mine,
+                created_at=made_at,
+                nonce=wanted,
+                within_s=within_s,
+            )
             return seal("request", wish)
 
         return claim_next(self._blobs, f"runs/{run}/control", body, width=6)
@@ -249,7 +261,10 @@ class Runs:
         """The requests with a number above `after`, in order; only those to `attempt` if given."""
         folder = f"runs/{run}/control"
         keys = [f"{folder}/{seq:06d}.json" for seq in numbers(self._blobs, folder) if seq > after]
-        found = [unseal(Request, self._blobs.get(key), kind="request", where=key) for key in keys]
+        found: list[Request] = []
+        for key in keys:
+            with contextlib.suppress(IntegrityError):  # a damaged wish must not hide those after it
+                found.append(unseal(Request, self._blobs.get(key), kind="request", where=key))
         return [request for request in found if attempt is None or request.attempt == attempt]
 
     # Inside

@@ -18,7 +18,7 @@ import xxhash
 
 from treadle import wire
 from treadle.errors import IntegrityError, NotFoundError
-from treadle.store.blobs import Blobs
+from treadle.store.blobs import Blobs, Data
 
 __all__ = ["checksum", "nonce", "read_verified", "seal", "spell_nonfinite", "stamp", "unseal"]
 
@@ -35,7 +35,7 @@ def stamp() -> str:
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def checksum(data: bytes) -> str:
+def checksum(data: Data) -> str:
     """xxh3_128 (hex) of `data`."""
     return xxhash.xxh3_128_hexdigest(data)
 

@@ -209,6 +209,30 @@ class BlobContract:
         with pytest.raises(NotFoundError, match="nowhere"):
             blobs.upload("up/file", tmp_path / "nowhere")
 
+    @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 4096])
+    def test_it_holds_what_was_put(self, blobs: Blobs, data: bytes) -> None:
+        assert not blobs.holds("a/k", data)
+        blobs.put("a/k", data)
+        assert blobs.holds("a/k", data)
+        assert not blobs.holds("a/k", data + b"x")
+        assert not blobs.holds("a", data)
+        blobs.delete("a/k")
+        assert not blobs.holds("a/k", data)
+
+    def test_a_view_is_put_as_the_bytes_it_shows(self, blobs: Blobs) -> None:
+        data = bytearray(range(256)) * 1000
+        for i, view in enumerate((data, memoryview(data), memoryview(data)[300:-7])):
+            entry = blobs.put(f"k{i}", view)
+            assert blobs.get(f"k{i}") == bytes(view)
+            assert entry == blobs.head(f"k{i}")
+            assert blobs.holds(f"k{i}", view)
+
+    def test_what_is_put_is_a_copy(self, blobs: Blobs) -> None:
+        data = bytearray(b"before")
+        blobs.put("k", data)
+        data[:] = b"after!"
+        assert blobs.get("k") == b"before"
+
     def test_a_list_is_in_key_order(self, blobs: Blobs) -> None:
         # "-" and "." come before "/", "0" and "=" after it: walking folders gives another order.
         keys = ["A", "a-b", "a.b", "a/b", "a/b2", "a/c/d", "a0", "a=b", "ab", "b/c"]
@@ -251,6 +275,7 @@ class BlobContract:
             "get": blobs.get,
             "head": blobs.head,
             "put": lambda key: blobs.put(key, b"x"),
+            "holds": lambda key: blobs.holds(key, b"x"),
             "create": lambda key: blobs.create(key, b"x"),
             "replace": lambda key: blobs.replace(key, b"x", version="v"),
             "upload": lambda key: blobs.upload(key, tmp_path / "file"),

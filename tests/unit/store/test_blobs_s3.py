@@ -8,7 +8,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blob_contract import BlobContract
@@ -17,6 +19,8 @@ from treadle.errors import ConfigError, ConflictError, IntegrityError, Transient
 from treadle.store import open_blobs
 from treadle.store.dev import DevServer
 from treadle.store.s3 import S3Blobs, S3Options
+from treadle.testing import Fault, Rule
+from treadle.testing import FaultProxy as Network
 
 pytestmark = pytest.mark.s3
 
@@ -291,3 +295,136 @@ def test_a_read_that_is_always_damaged_is_never_returned(
     blobs.put("k", b"." * 1000 + b"xyz" + b"." * 1000)
     with pytest.raises(error):
         through(fault, 4).get("k")
+
+
+# Uploads
+
+PART_BYTES = 5 << 20
+LARGE = b"".join(i.to_bytes(4, "big") for i in range(2_700_000))  # three parts
+
+
+def near(server: DevServer, **changes: Any) -> S3Blobs:
+    """A place of its own that sends in parts what has 5 MiB, the least that S3 takes."""
+    options = replace(server.options(), part_bytes=PART_BYTES, **changes)
+    return S3Blobs(server.bucket, f"test/{uuid.uuid4().hex}", options)
+
+
+def unfinished(blobs: S3Blobs) -> list[Any]:
+    return blobs._small.list_multipart_uploads(Bucket=blobs._bucket, Prefix=blobs._prefix).get("Uploads", [])
+
+
+def test_large_bytes_go_up_in_parts(s3_server: DevServer) -> None:
+    blobs = near(s3_server)
+    padded = memoryview(b"x" + LARGE + b"x")
+    entry = blobs.put("k", padded[1:-1])
+    assert entry.version.endswith('-3"')
+    assert entry == blobs.head("k")
+    assert blobs.get("k") == LARGE
+    assert blobs.holds("k", padded[1:-1])
+    assert not blobs.holds("k", padded[:-2])  # as long, and other bytes
+
+
+@pytest.mark.parametrize("data", [b"small" * 100, LARGE])
+def test_an_upload_that_was_damaged_is_sent_again(s3_server: DevServer, data: bytes) -> None:
+    rule = Rule(fault=Fault.flip_request, methods=frozenset({"PUT"}), path="test/", most=2)
+    with Network(s3_server.endpoint, rule) as network:
+        blobs = near(s3_server, endpoint=network.url)
+        blobs.put("k", data)
+        assert network.done[Fault.flip_request] == 2
+        assert blobs.get("k") == data
+        assert blobs.holds("k", data)
+
+
+@pytest.mark.parametrize("data", [b"small" * 100, LARGE])
+def test_an_upload_that_is_always_damaged_leaves_nothing(s3_server: DevServer, data: bytes) -> None:
+    rule = Rule(fault=Fault.flip_request, methods=frozenset({"PUT"}), path="test/")
+    with Network(s3_server.endpoint, rule) as network:
+        blobs = near(s3_server, endpoint=network.url)
+        with pytest.raises(TransientError):
+            blobs.put("k", data)
+        assert blobs.head("k") is None
+        assert not unfinished(blobs)
+
+
+class NoChecksums(S3Blobs):
+    """A server that keeps no checksums."""
+
+    def _head(self, key: str, **more: str) -> dict[str, Any] | None:
+        answer = super()._head(key, **more)
+        return answer and {name: value for name, value in answer.items() if not name.startswith("Checksum")}
+
+
+def test_where_no_checksum_is_kept_the_bytes_are_read_back(s3_server: DevServer) -> None:
+    options = replace(s3_server.options(), part_bytes=PART_BYTES)
+    blobs = NoChecksums(s3_server.bucket, f"test/{uuid.uuid4().hex}", options)
+    for data in (b"", b"small", LARGE):
+        blobs.put("k", data)
+        assert blobs.holds("k", data)
+    other = bytearray(LARGE)
+    other[6_000_000] ^= 1
+    assert not blobs.holds("k", other)
+
+
+def test_a_file_uploaded_in_parts_is_read_back(s3_server: DevServer, tmp_path: Path) -> None:
+    blobs = near(s3_server)
+    (tmp_path / "file").write_bytes(LARGE)
+    blobs.upload("k", tmp_path / "file")  # its checksum is that of the checksums of its parts
+    assert blobs.holds("k", LARGE)
+    assert not blobs.holds("k", LARGE[::-1])
+
+
+class Careless(BaseHTTPRequestHandler):
+    """A server that keeps the checksum it is sent, and never looks at the bytes."""
+
+    kept: dict[str, tuple[bytes, str]]
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers["x-amz-decoded-content-length"]:  # one chunk and its trailer
+            size, _, rest = body.partition(b"\r\n")
+            body = rest[: int(size.split(b";")[0], 16)]
+        self.kept[self.path.partition("?")[0]] = body, self.headers.get("x-amz-checksum-crc32", "")
+        self.answer(b"")
+
+    def do_HEAD(self) -> None:
+        self.answer(None)
+
+    def do_GET(self) -> None:
+        self.answer(self.kept[self.path][0])
+
+    def do_DELETE(self) -> None:
+        self.kept.pop(self.path)
+        self.answer(b"")
+
+    def answer(self, body: bytes | None) -> None:
+        kept, crc = self.kept.get(self.path.partition("?")[0], (b"", ""))
+        self.send_response(200)
+        self.send_header("ETag", '"v"')
+        self.send_header("x-amz-checksum-crc32", crc)
+        self.send_header("Content-Length", str(len(kept if body is None else body)))
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def log_message(self, *args: object) -> None: ...
+
+
+def test_a_server_that_believes_every_checksum_is_read_back() -> None:
+    kept: dict[str, tuple[bytes, str]] = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Careless,), {"kept": kept}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        with Network(endpoint, Rule(fault=Fault.flip_request, path="test/", most=1)) as network:
+            options = S3Options(endpoint=network.url, access_key="a", secret_key="b", attempts=1)
+            blobs = S3Blobs("treadle", "test", options)
+            blobs.put("k", b"as it was" * 50)
+            assert network.done[Fault.flip_request] == 1
+            assert not blobs.holds("k", b"as it was" * 50)
+            blobs.put("k", b"as it was" * 50)
+            assert blobs.holds("k", b"as it was" * 50)
+        assert list(kept) == ["/treadle/test/k"]  # what was asked with is gone
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

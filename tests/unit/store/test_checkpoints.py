@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import ConfigError, ConflictError, IntegrityError
-from treadle.store.blobs import Blobs, Entry
+from treadle.store.blobs import Blobs, Data, Entry
 from treadle.store.checkpoints import CheckpointManifest, Checkpoints, keep
+from treadle.store.lease import Head
 from treadle.store.local import LocalBlobs
 from treadle.store.sealed import seal, unseal
 from treadle.testing import Died, FaultBlobs, MemoryBlobs
@@ -42,8 +49,8 @@ def files_at(update: int) -> dict[str, bytes]:
     return {"model.safetensors": bytes([update % 256]) * 300, "rng/rank0.bin": b"seed %d" % update}
 
 
-def commit(checkpoints: Checkpoints, update: int) -> CheckpointManifest:
-    return checkpoints.commit(update, files_at(update), {"update": update, "position": [update, 0]})
+def commit(checkpoints: Checkpoints, update: int, *, best: bool = False) -> CheckpointManifest:
+    return checkpoints.commit(update, files_at(update), {"update": update, "position": [update, 0]}, best=best)
 
 
 def newest_update(blobs: Blobs) -> int:
@@ -154,11 +161,179 @@ def test_read_names_the_damaged_file(blobs: Blobs) -> None:
         open_run(blobs).read(manifest)
 
 
-def test_nothing_sound_left_is_none(blobs: Blobs) -> None:
+def test_all_damaged_is_told_from_none_there(blobs: Blobs) -> None:
+    assert open_run(blobs).restore() is None
     writer = open_run(blobs)
-    for manifest in (commit(writer, 1), commit(writer, 2)):
-        blobs.delete(manifest.key("model.safetensors"))
-    assert open_run(blobs, attempt=2).latest() is None
+    writer.acquire()
+    assert writer.restore() is None
+    one, two = commit(writer, 1), commit(writer, 2)
+    blobs.delete(one.key("model.safetensors"))
+    flip(blobs, two.key("rng/rank0.bin"), 0)
+    first = r"rng/rank0\.bin: got xxh3_128.*model\.safetensors: missing"
+    for reasons in (
+        first,
+        "quarantined before",
+    ):  # whoever looks first condemns them; to the next it must not look empty
+        with pytest.raises(IntegrityError, match=f"got 2 checkpoints, all damaged .*{reasons}") as caught:
+            open_run(blobs, attempt=2).latest()
+        assert caught.value.context["damaged"] == [two.prefix, one.prefix]
+        assert "quarantine.json" in caught.value.hint
+    # What the hint says helps.
+    blobs.put(one.key("model.safetensors"), files_at(1)["model.safetensors"])
+    blobs.delete(one.key("quarantine.json"))
+    assert open_run(blobs, attempt=2).latest() == one
+    assert commit(open_run(blobs, attempt=2), 3) == open_run(blobs, attempt=0).latest()
+
+
+@pytest.mark.parametrize("is_acquired_first", [False, True])
+@pytest.mark.parametrize("damage", [_flip_last, _remove])
+def test_damage_to_head_and_to_every_manifest_is_not_taken_for_a_fresh_run(
+    blobs: Blobs, damage: Callable[[Blobs, str], None], is_acquired_first: bool
+) -> None:
+    writer = open_run(blobs)
+    made = [commit(writer, 1), commit(writer, 2)]
+    damage(blobs, f"runs/{RUN}/HEAD.json")
+    for manifest in made:
+        blobs.delete(manifest.key("MANIFEST.json"))
+    resumed = open_run(blobs, attempt=2)
+    if is_acquired_first:
+        resumed.acquire()
+    with pytest.raises(IntegrityError, match="got 2 checkpoints, all damaged"):
+        resumed.restore()
+
+
+@pytest.mark.parametrize("is_acquired_first", [False, True])
+@pytest.mark.parametrize("is_head_damaged", [False, True])
+def test_the_newest_three_damaged(blobs: Blobs, is_head_damaged: bool, is_acquired_first: bool) -> None:
+    writer = open_run(blobs, keep_last=5)
+    made = [commit(writer, n) for n in range(1, 6)]
+    _flip_last(blobs, made[2].key("model.safetensors"))
+    _empty(blobs, made[3].key("MANIFEST.json"))
+    _remove(blobs, made[4].key("rng/rank0.bin"))
+    if is_head_damaged:
+        _flip_first(blobs, f"runs/{RUN}/HEAD.json")
+    resumed = open_run(blobs, attempt=2, keep_last=5)
+    if is_acquired_first:
+        resumed.acquire()
+    found = resumed.restore() or pytest.fail("nothing to restore")
+    assert found == (made[1], files_at(2))
+    assert [blobs.head(manifest.key("quarantine.json")) is not None for manifest in made] == [0, 0, 1, 1, 1]
+    newest = commit(resumed, 6)
+    assert newest.prev == (made[4].prefix)
+    assert open_run(blobs, attempt=3).latest() == newest
+
+
+def test_the_manifest_of_another_run_is_walked_past() -> None:
+    blobs = MemoryBlobs()
+    writer = open_run(blobs)
+    older, newer = commit(writer, 1), commit(writer, 2)
+    blobs.put(newer.key("MANIFEST.json"), seal("checkpoint", replace(newer, run="other-run")))
+    assert open_run(blobs, attempt=2).latest() == older
+
+
+# The best
+
+
+def test_the_best_stays_until_there_is_a_better_one(blobs: Blobs) -> None:
+    writer = open_run(blobs, keep_last=2)
+    assert writer.best() is None
+    commit(writer, 1)
+    assert writer.best() is None
+    best = commit(writer, 2, best=True)
+    made = [commit(writer, n) for n in range(3, 7)]
+    assert best.best
+    assert open_run(blobs, attempt=0).best() == best
+    assert open_run(blobs, attempt=0).read(best) == files_at(2)
+    assert open_run(blobs, attempt=0).latest() == made[-1]
+    assert folders(blobs) == [m.prefix.rpartition("/")[2] for m in (best, *made[-2:])]
+    better = commit(open_run(blobs, attempt=2), 7, best=True)
+    assert open_run(blobs, attempt=0).best() == better
+    assert folders(blobs) == [m.prefix.rpartition("/")[2] for m in (made[-1], better)]
+
+
+def test_the_best_that_is_newest_counts_once(blobs: Blobs) -> None:
+    writer = open_run(blobs, keep_last=2)
+    for update in range(1, 5):
+        commit(writer, update, best=True)
+    assert len(folders(blobs)) == 2
+    _flip_last(blobs, f"runs/{RUN}/HEAD.json")
+    assert [open_run(blobs, attempt=0).best(), open_run(blobs, attempt=0).latest()] == [
+        open_run(blobs, attempt=0).latest()
+    ] * 2
+
+
+def test_the_best_is_found_without_head_and_kept(blobs: Blobs) -> None:
+    writer = open_run(blobs, keep_last=1)
+    best = commit(writer, 1, best=True)
+    newest = commit(writer, 2)
+    _flip_last(blobs, f"runs/{RUN}/HEAD.json")
+    assert open_run(blobs, attempt=0).best() == best
+    resumed = open_run(blobs, attempt=2, keep_last=1)
+    resumed.acquire()
+    assert resumed.latest() == newest
+    commit(resumed, 3)
+    assert resumed.best() == best
+    assert len(folders(blobs)) == 2
+
+
+def test_the_best_is_the_last_resort(blobs: Blobs) -> None:
+    writer = open_run(blobs, keep_last=2)
+    best = commit(writer, 1, best=True)
+    for update in (2, 3, 4):
+        _flip_first(blobs, commit(writer, update).key("model.safetensors"))
+    assert open_run(blobs, attempt=2).restore() == (best, files_at(1))
+    _flip_first(blobs, best.key("model.safetensors"))
+    with pytest.raises(IntegrityError, match="all damaged"):
+        open_run(blobs, attempt=2).restore()
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+        open_run(blobs, attempt=2).read(best)
+    _remove(blobs, best.key("MANIFEST.json"))
+    with pytest.raises(IntegrityError, match=r"MANIFEST\.json: missing"):
+        open_run(blobs, attempt=2).best()
+
+
+def test_a_commit_that_failed_leaves_the_best_alone() -> None:
+    store = MemoryBlobs()
+    best = commit(open_run(store, keep_last=1), 1, best=True)
+    for number in range(1, 6):  # the fifth write is the swap of HEAD
+        with pytest.raises(Died):
+            commit(open_run(FaultBlobs(store, die_before=number), attempt=2, keep_last=1), 2, best=True)
+        assert open_run(store, attempt=0).best() == best
+    with pytest.raises(Died):
+        commit(open_run(FaultBlobs(store, die_after=5), attempt=2, keep_last=1), 2, best=True)
+    assert open_run(store, attempt=0).best() == open_run(store, attempt=0).latest() != best
+
+
+def test_a_head_from_before_there_was_a_best_is_read(blobs: Blobs) -> None:
+    writer = open_run(blobs)
+    newest = commit(writer, 1)
+    key = f"runs/{RUN}/HEAD.json"
+    body = json.loads(blobs.get(key))["body"]
+    del body["best"]
+    blobs.put(key, seal("head", body))
+    assert unseal(Head, blobs.get(key), kind="head", where=key).best is None
+    assert open_run(blobs, attempt=0).latest() == newest
+    assert open_run(blobs, attempt=0).best() is None
+    with pytest.raises(ConflictError):
+        open_run(blobs, attempt=0).acquire()  # it was read, not rebuilt: who held it is known
+
+
+# Damage on the way up
+
+
+def test_a_bit_flipped_on_the_way_up_is_sent_again() -> None:
+    store = MemoryBlobs()
+    committed = commit(open_run(FaultBlobs(store, flip=2)), 1)
+    assert open_run(store, attempt=0).restore() == (committed, files_at(1))
+
+
+def test_what_is_always_damaged_on_the_way_up_is_never_committed() -> None:
+    store = MemoryBlobs()
+    one = commit(open_run(store, keep_last=1), 1)
+    with pytest.raises(IntegrityError, match="after writing it 3 times"):
+        commit(open_run(FaultBlobs(store, flip=99), attempt=2, keep_last=1), 2)
+    assert not [e for e in store.list(CKPT) if e.key.endswith("MANIFEST.json") and not e.key.startswith(one.prefix)]
+    assert open_run(store, attempt=0).restore() == (one, files_at(1))
 
 
 def test_a_quarantined_one_does_not_count_as_kept(blobs: Blobs) -> None:
@@ -222,6 +397,8 @@ class Interleaved(MemoryBlobs):
 
     suffix = ""
     act: Callable[[], object] | None = None
+    on_delete: Callable[[], object] | None = None
+    after_replace: Callable[[], object] | None = None
 
     def create(self, key: str, data: bytes) -> Entry:
         self._interrupt(key)
@@ -234,6 +411,19 @@ class Interleaved(MemoryBlobs):
     def children(self, prefix: str) -> list[str]:
         self._interrupt(prefix)
         return super().children(prefix)
+
+    def replace(self, key: str, data: bytes, *, version: str) -> Entry:
+        entry = super().replace(key, data, version=version)
+        act, self.after_replace = self.after_replace, None
+        if act is not None:
+            act()
+        return entry
+
+    def delete(self, key: str) -> None:
+        act, self.on_delete = self.on_delete, None
+        if act is not None:
+            act()
+        super().delete(key)
 
     def _interrupt(self, key: str) -> None:
         if self.act is not None and key.endswith(self.suffix):
@@ -258,10 +448,29 @@ def test_retention_leaves_a_newer_attempt_alone() -> None:
     store = Interleaved()
     zombie, resumed = open_run(store, attempt=1, keep_last=1), open_run(store, attempt=2, keep_last=1)
     commit(zombie, 10)
-    store.suffix, store.act = "/ckpt", lambda: commit(resumed, 11)
-    commit(zombie, 20)  # acknowledged, and overtaken before it swept
+    store.suffix, store.act = "MANIFEST.json", lambda: commit(resumed, 11)
+    with pytest.raises(ConflictError):
+        commit(zombie, 20)
+    store.on_delete = lambda: commit(open_run(store, attempt=3, keep_last=1), 12)
+    commit(resumed, 13)  # acknowledged, and overtaken while it swept
     assert open_run(store, attempt=0).restore() is not None
-    assert newest_update(store) == 11
+    assert newest_update(store) == 12
+
+
+def test_retention_leaves_what_a_later_process_of_the_attempt_is_writing() -> None:
+    store = Interleaved()
+    earlier, later = open_run(store, keep_last=1), open_run(store, keep_last=1)
+    commit(earlier, 1)
+    written = f"{CKPT}/00000003-0001-{'0' * 16}/model.safetensors"
+
+    def go_on() -> None:
+        later.acquire()
+        store.put(written, b"on its way")
+
+    store.after_replace = go_on  # HEAD names the new state, and what it replaced is not removed yet
+    commit(earlier, 2)
+    assert len(folders(store)) == 2  # it did sweep
+    assert store.head(written) is not None
 
 
 def test_an_attempt_that_was_replaced_uploads_nothing() -> None:
@@ -393,10 +602,10 @@ def test_names_that_may_not_be_written(name: str) -> None:
 
 def test_a_short_write_is_noticed() -> None:
     class Short(MemoryBlobs):
-        def put(self, key: str, data: bytes) -> Entry:
+        def put(self, key: str, data: Data) -> Entry:
             return super().put(key, data[:-1])
 
-    with pytest.raises(IntegrityError, match=r"got 299 bytes after writing, expected 300"):
+    with pytest.raises(IntegrityError, match=r"model.safetensors: got 299 bytes .* expected 300 bytes as sent"):
         commit(open_run(Short()), 1)
 
 
@@ -413,9 +622,10 @@ JSON = st.recursive(
     files=st.dictionaries(st.sampled_from(["a", "b.bin", "c/d"]), st.tuples(st.integers(0), st.text("0123abc"))),
     state=st.dictionaries(st.sampled_from("abc"), JSON),
     prev=st.none() | st.just("x"),
+    best=st.booleans(),
 )
 def test_a_manifest_reads_back_as_written(
-    update: int, files: dict[str, tuple[int, str]], state: dict[str, object], prev: str | None
+    update: int, files: dict[str, tuple[int, str]], state: dict[str, object], prev: str | None, best: bool
 ) -> None:
     manifest = CheckpointManifest(
         run=RUN,
@@ -427,5 +637,73 @@ def test_a_manifest_reads_back_as_written(
         state=state,
         spec_digest="",
         data_digest="",
+        best=best,
     )
     assert unseal(CheckpointManifest, seal("checkpoint", manifest), kind="checkpoint", where="here") == manifest
+
+
+# A process that stands still while it is replaced
+
+ZOMBIE = """
+import os, signal, sys
+from pathlib import Path
+from treadle.errors import ConflictError
+from treadle.store.checkpoints import Checkpoints
+from treadle.store.local import LocalBlobs
+
+class Stops(LocalBlobs):
+    def replace(self, key, data, *, version):
+        if armed and sys.argv[2] == "before the swap":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().replace(key, data, version=version)
+    def put(self, key, data):
+        if armed and sys.argv[2] == "before the files":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().put(key, data)
+    def create(self, key, data):
+        entry = super().create(key, data)
+        if armed and sys.argv[2] == "after the manifest":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return entry
+
+armed = False
+blobs, digests = Stops(Path(sys.argv[1])), dict(spec_digest="spec", data_digest="data")
+checkpoints = Checkpoints(blobs, sys.argv[3], attempt=1, keep_last=2, **digests)
+checkpoints.commit(1, {"model.safetensors": b"one"}, {"update": 1})
+armed = True
+try:
+    checkpoints.commit(99, {"model.safetensors": b"stale"}, {"update": 99})
+except ConflictError as error:
+    print(error.message)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize("place", ["before the files", "after the manifest", "before the swap"])
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_a_process_that_stood_still_while_it_was_replaced_commits_nothing(
+    tmp_path: Path, place: str, attempt: int
+) -> None:
+    arguments = [sys.executable, "-c", ZOMBIE, str(tmp_path), place, RUN]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as zombie:
+        try:
+            _, status = os.waitpid(zombie.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status), "it never got there"
+            blobs = LocalBlobs(tmp_path)
+            later = open_run(blobs, attempt=attempt)
+            later.acquire()
+            restored = later.latest()
+            assert restored is not None
+            assert restored.update == 1
+            mine = commit(later, 2)
+        finally:
+            os.kill(zombie.pid, signal.SIGCONT)
+        out, _ = zombie.communicate(timeout=60)
+    holder = "a later process of the same attempt" if attempt == 1 else "attempt 2"
+    assert (zombie.returncode, out) == (
+        7,
+        f"run {RUN}: got a commit of attempt 1, expected {holder}, which holds the run\n",
+    )
+    assert open_run(blobs, attempt=0).latest() == mine
+    commit(later, 3)  # sweeps what the zombie left
+    assert not [name for name in folders(blobs) if name.startswith("00000099")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from treadle.errors import ConfigError, ConflictError
+from treadle.errors import ConfigError, ConflictError, TransientError
 from treadle.store import Entry
 from treadle.store.blobs import check_key, is_key
 from treadle.store.local import LocalBlobs
@@ -371,3 +372,59 @@ def test_another_address_is_refused_with_the_forms_that_are_taken(uri: str) -> N
 def test_a_folder_needs_no_boto3() -> None:
     code = "import sys; from treadle.store import open_blobs; open_blobs('x'); print('boto3' in sys.modules)"
     assert run_python(code).communicate(timeout=60)[0] == "False\n"
+
+
+# Large values go past the page cache
+
+LARGE = [1 << 20, (1 << 20) + 1, (1 << 20) + 4095, 3 << 20, 5_000_001]
+
+
+@pytest.mark.parametrize("size", LARGE)
+def test_a_large_value_is_written_whole(blobs: LocalBlobs, size: int) -> None:
+    data = os.urandom(size + 1)
+    for form in (data[1:], memoryview(data)[1:], bytearray(data[1:])):
+        entry = blobs.put("k", form)
+        assert blobs.get("k") == data[1:]
+        assert entry == blobs.head("k")
+        assert blobs.holds("k", form)
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, "halves"])
+@pytest.mark.parametrize("size", LARGE)
+def test_where_direct_writes_end_the_cache_goes_on(
+    blobs: LocalBlobs, monkeypatch: pytest.MonkeyPatch, last: int | str, size: int
+) -> None:
+    really, number = os.write, 0
+
+    def write(handle: int, data: memoryview) -> int:
+        nonlocal number
+        number += 1
+        if last == "halves":
+            return really(handle, data[: len(data) // 2])
+        if number > int(last):
+            raise OSError(errno.EINVAL, "no direct writes here")
+        return really(handle, data)
+
+    data = os.urandom(size)
+    with monkeypatch.context() as strange:
+        strange.setattr("treadle.store.local.os.write", write)
+        blobs.put("k", data)
+    assert number, "no direct write was tried"
+    assert blobs.get("k") == data
+
+
+def test_a_full_disk_in_the_middle_of_a_large_value_leaves_nothing(
+    blobs: LocalBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs.put("k", b"before")
+
+    def full(handle: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("treadle.store.local.os.write", full)
+        with pytest.raises(TransientError, match="No space left on device"):
+            blobs.put("k", os.urandom(2 << 20))
+    assert blobs.get("k") == b"before"
+    assert [entry.key for entry in blobs.list("")] == ["k"]
+    assert not list((Path(blobs.uri) / ".treadle" / "tmp").iterdir())
