@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from treadle.errors import ConflictError, TransientError
-from treadle.store.blobs import Blobs, Entry
+from treadle.store.blobs import Blobs, Data, Entry
 
 __all__ = ["Died", "FaultBlobs"]
 
@@ -29,10 +29,18 @@ class FaultBlobs:
         lose_reply: the conditional write that happens and is then answered as a conflict, which
             is what a client sees that lost the first reply and tried again.
         refuse: how many writes are answered with TransientError before any goes through.
+        flip: how many plain writes arrive with one bit of another value, and are acknowledged.
     """
 
     def __init__(
-        self, inner: Blobs, *, die_before: int = 0, die_after: int = 0, lose_reply: int = 0, refuse: int = 0
+        self,
+        inner: Blobs,
+        *,
+        die_before: int = 0,
+        die_after: int = 0,
+        lose_reply: int = 0,
+        refuse: int = 0,
+        flip: int = 0,
     ) -> None:
         self.uri = inner.uri
         self.writes = 0
@@ -41,10 +49,14 @@ class FaultBlobs:
         self._die_after = die_after
         self._lose_reply = lose_reply
         self._refuse = refuse
+        self._flip = flip
         self._lock = threading.Lock()
 
-    def put(self, key: str, data: bytes) -> Entry:
-        return self._write(lambda: self._inner.put(key, data))
+    def put(self, key: str, data: Data) -> Entry:
+        return self._write(lambda: self._inner.put(key, self._on_the_way(data)))
+
+    def holds(self, key: str, data: Data) -> bool:
+        return self._inner.holds(key, data)
 
     def create(self, key: str, data: bytes) -> Entry:
         return self._write(lambda: self._inner.create(key, data), conditional=True)
@@ -72,6 +84,15 @@ class FaultBlobs:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         return self._inner.list(prefix)
+
+    def _on_the_way(self, data: Data) -> Data:
+        with self._lock:
+            if not self._flip or not data:
+                return data
+            self._flip -= 1
+        flipped = bytearray(data)
+        flipped[len(data) // 2] ^= 0x10
+        return flipped
 
     def _write(self, act: Callable[[], T], *, conditional: bool = False) -> T:
         with self._lock:

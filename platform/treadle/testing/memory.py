@@ -9,7 +9,7 @@ from pathlib import Path
 import xxhash
 
 from treadle.errors import ConfigError, ConflictError, NotFoundError
-from treadle.store.blobs import Entry, check_key, check_prefix, check_range
+from treadle.store.blobs import Data, Entry, check_key, check_prefix, check_range
 
 __all__ = ["MemoryBlobs"]
 
@@ -39,9 +39,13 @@ class MemoryBlobs:
             data = self._data.get(check_key(key))
         return None if data is None else _entry(key, data)
 
-    def put(self, key: str, data: bytes) -> Entry:
+    def put(self, key: str, data: Data) -> Entry:
         with self._lock:
-            return self._write(key, data)
+            return self._write(key, bytes(data))
+
+    def holds(self, key: str, data: Data) -> bool:
+        with self._lock:
+            return self._data.get(check_key(key)) == bytes(data)
 
     def create(self, key: str, data: bytes) -> Entry:
         with self._lock:
@@ -87,7 +91,7 @@ class MemoryBlobs:
         folders = {"/".join(parts[:depth]) for depth in range(1, len(parts))}
         if folders & self._data.keys() or any(other.startswith(f"{key}/") for other in self._data):
             raise ConfigError(f"{self.uri}/{key}: got a key that is the folder of another key, expected plain names")
-        self._data[key] = bytes(data)
+        self._data[key] = data
         return _entry(key, data)
 
 
