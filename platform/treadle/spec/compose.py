@@ -9,6 +9,8 @@ of mistakes come out in one ConfigError.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,15 +29,18 @@ from omegaconf.errors import OmegaConfBaseException
 from treadle.errors import InternalError
 from treadle.spec.checks import Checker, Leaf, Problem, blank, raise_problems
 from treadle.spec.job import JobSpec
-from treadle.spec.places import conf_folder, find_job, list_groups, short_path
+from treadle.spec.places import conf_folder, find_job, list_groups, list_options, short_path
 from treadle.spec.schema import SECRET, fields_of, job_keys, show, suggest_key, variants_of
 from treadle.spec.sources import Sources, read_sources
+from treadle.spec.sweeps import Axis, ChoiceAxis, IntervalAxis, Space
 from treadle.spec.validate import NOTHING, assemble, build
 
-__all__ = ["compose_job"]
+__all__ = ["compose_job", "parse_sweep"]
 
 # Hydra keeps its state in process-wide singletons, and its parser shares caches.
 _LOCK = threading.RLock()
+
+_MOST_VALUES = 1000
 
 
 def compose_job(job: str, overrides: Sequence[str], *, default_store: str) -> JobSpec:
@@ -77,6 +82,89 @@ def _compose(folder: Path, overrides: Sequence[str], default_store: str) -> JobS
     raise_problems(problems)
     assert isinstance(spec, JobSpec)
     return spec
+
+
+# ---- sweeps
+
+
+def parse_sweep(job: str, overrides: Sequence[str]) -> Space:
+    """What overrides with several values say, in Hydra's own syntax and by its own parser.
+
+    Values are not checked here: each trial is composed, and then they are.
+
+    Args:
+        job: name or folder; `glob(...)` goes over its options of a group and those of conf/.
+
+    Raises:
+        ConfigError: one line for every override that is none, has no value, or more than a sweep takes.
+    """
+    folder = find_job(job)
+    problems: list[Problem] = []
+    axes: list[Axis] = []
+    with _LOCK:
+        parser = OverridesParser.create()
+        for index, text in enumerate(overrides):
+            place = f"argument {index + 1}"
+            try:
+                (override,) = parser.parse_overrides([text if not text.startswith("=") else ""])
+            except (HydraException, RecursionError):
+                problem = _syntax(text, place, parser)
+                if "null" in text and "choice(" in text:  # which Hydra's function does not take
+                    problem = replace(problem, expected="a list with commas, such as 1.0,null", suggestion="")
+                problems.append(problem)
+                continue
+            if override.is_sweep_override():
+                axes += _axis(override, index, place, folder, problems)
+    first: dict[str, int] = {}
+    for axis in axes:
+        if first.setdefault(axis.key, axis.index) != axis.index:
+            got = f"several values twice, in arguments {first[axis.key] + 1} and {axis.index + 1}"
+            problems.append(Problem(key=axis.key, got=got, expected="them once"))
+    raise_problems(problems)
+    return Space(arguments=tuple(overrides), axes=tuple(axes))
+
+
+def _axis(override: Override, index: int, place: str, folder: Path, problems: list[Problem]) -> Iterator[Axis]:
+    """The axis of one override; none where there is a problem with it."""
+    key, value = override.get_key_element(), override.value()
+    got, expected = SECRET.sub("***", _raw(override.input_line or "")), ""
+    doc = job_keys().get(override.key_or_group)
+    if key in ("name", "store.uri"):
+        expected = "one value: the trials of a sweep are one job in one store"
+    elif isinstance(value, IntervalSweep):
+        assert value.start is not None
+        assert value.end is not None
+        low, high, is_log = float(value.start), float(value.end), "log" in value.tags
+        if doc is not None and doc.value_type not in (int, float):
+            expected = "values to choose from, such as a,b: only numbers have intervals"
+        elif not (low < high and math.isfinite(high - low)) or (is_log and low <= 0):
+            expected = f"a finite lower end {'above 0 and ' if is_log else ''}below the upper one"
+        else:
+            is_whole = doc is not None and doc.value_type is int
+            yield IntervalAxis(key=key, index=index, low=low, high=high, is_log=is_log, is_whole=is_whole)
+    else:
+        texts, expected = _texts(override, folder)
+        if texts:
+            yield ChoiceAxis(key=key, index=index, texts=tuple(dict.fromkeys(texts)))
+    if expected:
+        problems.append(Problem(key=key, got=got, expected=expected, place=place))
+
+
+def _texts(override: Override, folder: Path) -> tuple[list[str], str]:
+    """The values of an override as overrides write them, or none and what was expected."""
+    value = override.value()
+    if isinstance(value, Glob):
+        group = override.key_or_group
+        found = value.filter(list(list_options(group, folder)))
+        options = ", ".join(list_options(group, folder)) or f"a group: {', '.join(list_groups())}"
+        return found, "" if found else f"a pattern for some of {options}"
+    try:
+        texts = list(itertools.islice(override.sweep_string_iterator(), _MOST_VALUES + 1))
+    except (HydraException, ValueError, ArithmeticError) as error:
+        return [], f"a range that can be counted ({error})"
+    if not texts:
+        return [], "at least one value"
+    return ([], f"at most {_MOST_VALUES:,} values") if len(texts) > _MOST_VALUES else (texts, "")
 
 
 # ---- overrides
@@ -123,7 +211,7 @@ def _parse(overrides: Sequence[str], problems: list[Problem]) -> Iterator[_Argum
                 Problem(
                     key=key,
                     got=f"several values, {SECRET.sub('***', _raw(text))}",
-                    expected="one value: a job is one run, sweeps are another verb",
+                    expected="one value: a job is one run, several are `treadle sweep`",
                     place=place,
                     suggestion=quote if override.value_type is ValueType.SIMPLE_CHOICE_SWEEP else "",
                 )

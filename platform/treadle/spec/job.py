@@ -33,7 +33,10 @@ __all__ = [
     "DataSpec",
     "Format",
     "GruSpec",
+    "GuardSpec",
     "JobSpec",
+    "Keep",
+    "LanguageSpec",
     "Layout",
     "Leak",
     "LongRows",
@@ -45,9 +48,13 @@ __all__ = [
     "ModelSpec",
     "OnBadRow",
     "OptimSpec",
+    "Parallel",
     "Pooling",
     "Precision",
     "PrecisionSpec",
+    "RateScaling",
+    "Recovery",
+    "RmsPropSpec",
     "RnnSpec",
     "Schedule",
     "ServeSpec",
@@ -55,6 +62,7 @@ __all__ = [
     "SplitBy",
     "SplitSpec",
     "StoreSpec",
+    "TagSpec",
     "TargetPer",
     "TaskSpec",
     "TrackSpec",
@@ -86,6 +94,7 @@ class Candidate(enum.Enum):
 class Precision(enum.Enum):
     auto = "auto"
     bf16 = "bf16"
+    fp16 = "fp16"
     fp32 = "fp32"
 
 
@@ -93,6 +102,29 @@ class Schedule(enum.Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+    inverse_sqrt = "inverse_sqrt"
+    plateau = "plateau"
+
+
+class RateScaling(enum.Enum):
+    none = "none"
+    linear = "linear"
+    sqrt = "sqrt"
+
+
+class Keep(enum.Enum):
+    last = "last"
+    best = "best"
+
+
+class Parallel(enum.Enum):
+    data = "data"
+    sharded = "sharded"
+
+
+class Recovery(enum.Enum):
+    restart = "restart"
+    replace = "replace"
 
 
 class SplitBy(enum.Enum):
@@ -307,6 +339,24 @@ class ClassifySpec(TaskSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LanguageSpec(TaskSpec):
+    """The next symbol after each one: a language model of whatever the symbols are."""
+
+    kind: ClassVar[str] = "language"
+    tied: bool = False
+    """Use the embedding's vectors as the weights of the output, too; fewer weights for large vocabularies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagSpec(TaskSpec):
+    """One label for each frame that has one."""
+
+    kind: ClassVar[str] = "tag"
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the target probability spread over all classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Which data set, from what source, and what its rows must keep to."""
 
@@ -471,6 +521,11 @@ class BatchSpec:
     """How far rare labels are repeated: 0 not at all, 1 until all labels occur alike; by powers between."""
     max_repeats: Annotated[int, Ge(1)] = 20
     """Most times that a row stands in one epoch because its label is rare."""
+    streams: Annotated[int, Ge(1), Le(65536)] | None = None
+    """Streams that a lane reads side by side: sequences laid end to end, the state carried from update to update.
+    null: whole rows, batched by length."""
+    chunk: Annotated[int, Ge(1)] = 256
+    """Most frames of each stream in an update, which gradients flow back through; beside `streams`."""
 
     def __post_init__(self) -> None:
         try:
@@ -505,15 +560,37 @@ class OptimSpec:
     lr: Annotated[float, Gt(0), Le(100)] = 1e-3
     """Peak learning rate."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Decoupled weight decay of matrices; biases and gains are left alone."""
+    """Weight decay of matrices: taken from the weights, by `sgd` through the gradient. Biases and gains have none."""
     schedule: Schedule = Schedule.cosine
-    """Course of the learning rate after the warm-up, down to `final_lr_share` of the peak."""
+    """Course of the rate after the warm-up, down to `final_lr_share` of the peak; `inverse_sqrt` has no floor,
+    `plateau` lowers it where evaluations get no better."""
     warmup_share: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of all updates during which the rate rises linearly."""
     final_lr_share: Annotated[float, Ge(0), Le(1)] = 0.05
     """Rate at the end, as a share of the peak."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
     """Largest global gradient norm; null switches clipping off."""
+    clip_value: Annotated[float, Gt(0)] | None = None
+    """Largest absolute value of each gradient element, applied after `clip_norm`; null switches it off."""
+    plateau_factor: Annotated[float, Gt(0), Lt(1)] = 0.5
+    """What `schedule=plateau` multiplies the rate by."""
+    plateau_patience: Annotated[int, Ge(0)] = 2
+    """Evaluations without improvement that it lets pass; at the next one it does."""
+    rate_scaling: RateScaling = RateScaling.none
+    """How `lr` grows with the mean rows of an update, from the `base_rows` it was found at."""
+    base_rows: Annotated[int, Ge(1)] | None = None
+    """Rows of an update at which `lr` was found; needed beside `rate_scaling`."""
+    decay_embeddings: bool = True
+    """Weight decay also holds for embeddings."""
+    ema: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Decay of a running mean of the weights, per update, which is evaluated and kept as the model; null: none."""
+
+    def __post_init__(self) -> None:
+        if self.rate_scaling is not RateScaling.none and self.base_rows is None:
+            raise ConfigError(
+                f"optim.base_rows: got null, expected a number beside optim.rate_scaling={self.rate_scaling.value}",
+                hint="the rows of an update at which optim.lr was found",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -535,11 +612,39 @@ class SgdSpec(OptimSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RmsPropSpec(OptimSpec):
+    kind: ClassVar[str] = "rmsprop"
+    alpha: Annotated[float, Ge(0), Lt(1)] = 0.99
+    """Decay of the mean of squared gradients."""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Momentum; 0 keeps none."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSpec:
+    """What happens where training leaves its course. All ranks decide alike."""
+
+    spike: Annotated[float, Gt(1)] | None = 50.0
+    """An update whose gradient norm is above this many times the running mean of the accepted ones (a geometric mean)
+    is skipped; null: only those that are not finite."""
+    warmup_updates: Annotated[int, Ge(1)] = 100
+    """Accepted updates before spikes are judged, and length of the running mean."""
+    roll_back_after: Annotated[int, Ge(1)] = 3
+    """Updates skipped in a row at which the run goes back to its last checkpoint."""
+    rate_factor: Annotated[float, Gt(0), Le(1)] = 0.5
+    """What a roll-back multiplies the learning rate by, for the rest of the run."""
+    max_roll_backs: Annotated[int, Ge(0)] = 3
+    """Roll-backs before the run ends with exit code 5."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrecisionSpec:
     """In what number format the forward and backward passes run. Weights stay in fp32."""
 
     mode: Precision = Precision.auto
-    """auto times a short step in bf16 and in fp32 on the device and takes the faster sound one."""
+    """auto times a short step in bf16 (fp16 where a device lacks it) and fp32 and takes the faster sound one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -574,6 +679,18 @@ class TrainSpec:
     """Epochs between evaluations on the validation rows."""
     log_every: str = "1s"
     """Least time between two rows of metrics."""
+    patience: Annotated[int, Ge(1)] | None = None
+    """Evaluations without improvement of the headline metric after which training ends early; null: never."""
+    min_delta: Annotated[float, Ge(0)] = 0.0
+    """Least change of the headline metric, against its best value so far, that counts as an improvement."""
+    keep: Keep = Keep.last
+    """Which weights become the model: of the last update, or of the best evaluation."""
+    recompute: bool = False
+    """Compute activations again on the way back instead of keeping them: less memory, a third more time."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+    check_replicas_every: Annotated[int, Ge(1)] | None = 500
+    """Updates between two comparisons of the ranks' weights, which must be equal bit by bit; null: never."""
 
     def __post_init__(self) -> None:
         parse_duration_s(self.log_every)
@@ -595,6 +712,30 @@ class ClusterSpec:
     """1 trains on a GPU, 0 on the CPU."""
     address: str | None = None
     """Dashboard address of a running Ray cluster, for `submit --on ray`."""
+    min_workers: Annotated[int, Ge(1)] | None = None
+    """Go on with as few workers as this where nodes are lost; batches stay those of `workers`. null: never fewer."""
+    parallel: Parallel = Parallel.data
+    """`data`: every rank holds the whole network. `sharded`: parameters and moments are spread (FSDP2)."""
+    recovery: Recovery = Recovery.replace
+    """A lost rank: `replace` it, the others keep their state; or `restart` all from the last checkpoint."""
+    max_failures: Annotated[int, Ge(0)] = 3
+    """Lost ranks and nodes in a row, without a checkpoint between, that a run outlives."""
+    max_preemptions: Annotated[int, Ge(0)] | None = None
+    """Preempted nodes that a run outlives; null: any number."""
+    hang_after: str = "10s"
+    """Least time without progress after which a rank counts as hung; never below 5 median updates."""
+
+    def __post_init__(self) -> None:
+        if self.hang_after_s <= 0:
+            raise ConfigError(f"cluster.hang_after: got {self.hang_after!r}, expected more than 0 s")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ConfigError(
+                f"cluster.min_workers: got {self.min_workers}, expected at most cluster.workers = {self.workers}"
+            )
+
+    @property
+    def hang_after_s(self) -> float:
+        return parse_duration_s(self.hang_after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -660,6 +801,7 @@ class JobSpec:
     augment: AugmentSpec = AugmentSpec()
     batch: BatchSpec = BatchSpec()
     optim: OptimSpec
+    guard: GuardSpec = GuardSpec()
     precision: PrecisionSpec = PrecisionSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     train: TrainSpec = TrainSpec()

@@ -55,9 +55,11 @@ SECRET = re.compile(
 
 # What people who come from elsewhere, or from before, write: whole keys, then last components.
 _SYNONYMS = {
+    "checkpoint.keep": "checkpoint.keep_last",
     "data.seed": "split.seed",
     "learning_rate": "optim.lr",
     "batch_size": "batch.max_slots",
+    "bptt": "batch.chunk",
     "slots": "batch.max_slots",
     "max_tokens": "batch.max_slots",
     "valid": "split.valid",

@@ -25,7 +25,7 @@ def test_a_checkout(root: Path) -> None:
     assert places.conf_folder() == root / "conf"
     assert places.find_job("g2p") == root / "jobs" / "g2p"
     assert {"model", "optim", "task"} <= set(places.list_groups())
-    assert set(places.list_options("optim")) == {"adamw", "sgd"}
+    assert set(places.list_options("optim")) == {"adamw", "rmsprop", "sgd"}
 
 
 def test_a_wheel(root: Path, tmp_path: Path) -> None:

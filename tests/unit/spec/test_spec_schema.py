@@ -72,7 +72,7 @@ def test_keys_cover_every_field_of_every_variant() -> None:
     assert keys["model.hidden_size"].variants == ()
     assert (keys["model.hidden_size"].type, keys["model.hidden_size"].range) == ("int", ">= 1, <= 16384")
     assert keys["optim.clip_norm"].type == "float or null"
-    assert keys["optim.schedule"].choices == ("constant", "linear", "cosine")
+    assert keys["optim.schedule"].choices == ("constant", "linear", "cosine", "inverse_sqrt", "plateau")
     assert keys["data.name"].required
     assert not keys["data.limit"].required
     assert "_target_" not in keys
