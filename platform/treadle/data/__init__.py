@@ -11,7 +11,7 @@ from treadle.data.load.batch import Batch, Form
 from treadle.data.load.block_cache import BlockCache
 from treadle.data.load.buffers import Buffers, Lease
 from treadle.data.load.reader import RowReader
-from treadle.data.load.streams import StreamBatch, read_streams
+from treadle.data.load.streams import StreamBatch, read_pieces, read_streams
 from treadle.data.manifest import Header, Manifest, Preprocessing
 from treadle.data.shelf import (
     Note,
@@ -65,6 +65,7 @@ __all__ = [
     "note_dataset",
     "open_source",
     "pinned_files",
+    "read_pieces",
     "read_streams",
     "recipe_digest",
     "rows_recipe",

@@ -9,6 +9,7 @@ from treadle.plan.position import PlanInputs, Position, check_position, plan_inp
 from treadle.plan.repeats import class_repeats
 from treadle.plan.size import count_parameters
 from treadle.plan.slots import with_slots
+from treadle.plan.streaming import streams_of
 from treadle.plan.streams import StreamPieces, StreamPlan, plan_streams
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "plan_epoch",
     "plan_inputs",
     "plan_streams",
+    "streams_of",
     "trainable_rows",
     "with_slots",
 ]

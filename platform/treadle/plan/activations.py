@@ -23,6 +23,7 @@ from treadle.spec import (
     CtcSpec,
     GruSpec,
     InputKind,
+    LanguageSpec,
     LstmSpec,
     MinGruSpec,
     MinLstmSpec,
@@ -31,6 +32,7 @@ from treadle.spec import (
     Pooling,
     RnnSpec,
     Signature,
+    TagSpec,
     TaskSpec,
 )
 
@@ -107,13 +109,20 @@ def state_size(model: ModelSpec) -> int:
 
 
 def activation_peaks(
-    model: ModelSpec, task: TaskSpec, signature: Signature, shapes: Shapes, gradients: tuple[int, ...]
+    model: ModelSpec,
+    task: TaskSpec,
+    signature: Signature,
+    shapes: Shapes,
+    gradients: tuple[int, ...],
+    *,
+    recompute: bool = False,
 ) -> Values:
     """The most values alive beside weights and moments: activations, what passes, and gradients made so far; [S].
 
     Args:
         gradients: values of the gradients of the input, of each layer, and of the head, which are made from the last
             to the first.
+        recompute: whether a layer's activations are computed again on the way back.
     """
     cell, tokens = _CELLS[type(model)], signature.input_kind is InputKind.tokens
     slots_S = shapes.frames_S if cell.packed else shapes.slots_S
@@ -123,13 +132,19 @@ def activation_peaks(
     at_input_S = kept_S + width * slots_S
     peak_S, backward = np.zeros_like(slots_S), list[Values]()
     for layer in range(1, model.num_layers + 1):
+        read_S = kept_S
         own, ahead, back = _layer(model, cell, width, first=layer == 1)
         kept_S = kept_S + own * slots_S + _states(model, cell, width) * shapes.rows_S
-        peak_S = np.maximum(peak_S, kept_S + copies_S + ahead * slots_S)
         states = 2 * state_size(model) if cell.packed else 0
         backward.append(kept_S + back * slots_S + states * shapes.rows_S)
         width = output_width(model)
         around, passing = _around(model, cell, width, layer=layer)
+        if recompute:
+            peak_S = np.maximum(peak_S, read_S + copies_S + (ahead + width) * slots_S)
+            at_cell_S = np.maximum(backward[-1], kept_S + (ahead + width) * slots_S)
+            kept_S, backward[-1] = _recomputed(model, slots_S, read_S, kept_S + around * slots_S, at_cell_S, layer)
+            continue
+        peak_S = np.maximum(peak_S, kept_S + copies_S + ahead * slots_S)
         kept_S = kept_S + around * slots_S
         weights = model.mlp_factor * width**2  # of a feed-forward layer's matrix while its gradient is made
         after_S = np.maximum(copies_S + width * slots_S, passing * slots_S + weights)
@@ -142,6 +157,31 @@ def activation_peaks(
         peak_S = np.maximum(peak_S, backward[layer - 1] + made + in_work_S)
         made += gradients[layer]
     return np.maximum(peak_S, at_input_S + sum(gradients))
+
+
+def _recomputed(
+    model: ModelSpec, slots_S: Values, read_S: Values, kept_S: Values, at_cell_S: Values, layer: int
+) -> tuple[Values, Values]:
+    """What stays of a layer that is computed again on the way back, and the most that is alive then.
+
+    Args:
+        read_S: before the layer. kept_S: after it, if nothing were computed again. at_cell_S: the most that is alive
+            while its cell is computed again or its gradient made.
+    """
+    width = output_width(model)
+    output = 0 if model.bidirectional else _CELLS[type(model)].output * width  # is not made again
+    has_attention = model.attention_every > 0 and layer % model.attention_every == 0
+    mlp, passing, weights = 0.0, 1.0 * width, 0.0  # the gradient of the output, if nothing else
+    if model.mlp_factor:
+        mlp, passing = (3 + 2 * model.mlp_factor) * width, (2 + model.mlp_factor) * width
+        weights = model.mlp_factor * width**2
+    attention = 10 * width + mlp if has_attention else 0.0
+    peak_S = np.maximum(at_cell_S, kept_S + (passing - attention) * slots_S + weights) - output * slots_S
+    if has_attention:  # a block, and its feed-forward layer another
+        inside = 3.5 if model.attention_window is None else 13.0
+        peak_S = np.maximum(peak_S, read_S + (12 + inside) * width * slots_S)
+    blocks = 1 + (1 + bool(mlp) if has_attention else 0)
+    return read_S + blocks * width * slots_S, peak_S
 
 
 def _in_work(model: ModelSpec, cell: _Cell, gradient: float, slots_S: Values) -> Values | float:
@@ -225,5 +265,9 @@ def _head(model: ModelSpec, task: TaskSpec, signature: Signature, shapes: Shapes
     if isinstance(task, CtcSpec):
         classes, frames_S = signature.num_labels + 1, shapes.slots_S * task.frames_per_step
         return copied_S, frames_S * np.maximum(3 * classes, 2 * classes + 2 * shapes.labels_S + 1)
+    if isinstance(task, LanguageSpec | TagSpec):
+        classes = signature.input_size if isinstance(task, LanguageSpec) else signature.num_labels
+        packed_S = np.where(shapes.is_full_S, 0, width) * shapes.frames_S
+        return copied_S, packed_S + 3 * classes * shapes.frames_S
     assert isinstance(task, ClassifySpec)
     return copied_S, _POOLING[task.pooling] * width * shapes.frames_S

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.plan.batches import EpochPlan
+from treadle.plan.streams import StreamPlan
 
-__all__ = ["Explained", "Zone", "explain"]
+__all__ = ["Explained", "Zone", "explain", "explain_streams"]
 
 Ints = NDArray[np.int64]
 
@@ -125,6 +126,52 @@ def explain(plan: EpochPlan, *, ranks: int, plan_s: float = 0.0) -> Explained:
         bin_rows=counts,
         zones=_zones(plan),
         plan_s=plan_s,
+    )
+
+
+def explain_streams(plan: StreamPlan, *, ranks: int) -> Explained:
+    """What `plan` costs where so many ranks share its lanes. A round is an update, a row of a microbatch a stream.
+
+    Cost: as `explain`.
+    """
+    by_length = _Counted.of(np.diff(plan.offsets).astype(np.uint32))
+    edges, counts = _histogram(by_length)
+    most = -(-plan.lanes // ranks)  # lanes of the ranks that have the most
+    rows, limit = plan.rows_per_lane, plan.rows_per_lane * plan.chunk
+    longest = -(-plan.frames // plan.num_streams)
+    zone = Zone(
+        shortest=int(by_length.lengths[0]),
+        longest=int(by_length.lengths[-1]),
+        rounds=plan.num_updates,
+        rows=rows,
+        frames_share=1.0,
+        pad=0.0,
+    )
+    return Explained(
+        ranks=ranks,
+        lanes=plan.lanes,
+        updates=plan.num_updates,
+        rounds=plan.num_updates,
+        long_rounds=0,
+        entries=len(plan.order_N),
+        frames=plan.frames,
+        slots=plan.frames,
+        limit=limit,
+        worst_over_budget=plan.worst_frames / limit,
+        fill=1.0,
+        pad=0.0,
+        cells_balance=plan.lanes / (most * ranks),
+        time_balance=plan.lanes / (most * ranks),
+        serial=most * longest,
+        rows_min=rows,
+        rows_median=rows,
+        rows_max=rows,
+        shapes=1 if longest % plan.num_updates == 0 else 2,
+        length_shares=_QUANTILES,
+        lengths=_quantiles(by_length),
+        bin_edges=edges,
+        bin_rows=counts,
+        zones=(zone,),
     )
 
 

@@ -14,18 +14,24 @@ from numpy.typing import NDArray
 from treadle.errors import ConfigError, DataError, InfeasibleError
 from treadle.plan.augment import check_augment
 from treadle.plan.cards import Capacity, DataCard, SplitCard
-from treadle.plan.explain import Explained, explain
+from treadle.plan.explain import Explained, explain, explain_streams
+from treadle.plan.parallel import check_parallel
 from treadle.plan.size import count_parameters
 from treadle.plan.slots import FEW_ROUNDS, check_memory, fitting_epoch, pads
+from treadle.plan.streaming import streams_plan
 from treadle.spec import (
+    AugmentSpec,
     Budget,
     ClassifySpec,
     ClassWeights,
     CtcSpec,
+    InputKind,
     JobSpec,
+    LanguageSpec,
     MinSpec,
     Pooling,
     Signature,
+    TagSpec,
     TargetKind,
     TargetPer,
     TaskSpec,
@@ -41,6 +47,7 @@ MANY_PADDED = 2
 _TARGETS: dict[type[TaskSpec], tuple[TargetKind, TargetPer]] = {
     CtcSpec: (TargetKind.labels, TargetPer.sequence),
     ClassifySpec: (TargetKind.labels, TargetPer.row),
+    TagSpec: (TargetKind.labels, TargetPer.frame),
 }
 
 
@@ -50,7 +57,8 @@ class Plan:
 
     Args:
         world: ranks; lanes: shares of a round, at least `world`.
-        train_rows, dropped_rows: rows trained on, and rows whose target has no CTC alignment or whose weight is 0.
+        train_rows, dropped_rows: rows trained on, and rows whose target has no CTC alignment, which hold one symbol
+            and so predict none, or whose weight is 0.
         updates_per_epoch, num_updates: of epoch 0, and over all epochs as far as epoch 0 tells.
         max_slots: of a microbatch; slots_found: `given`, or `estimated` from memory and the number of rounds.
         fill: frames / slots; worst_slots: of the largest microbatch, never above `max_slots`.
@@ -88,13 +96,15 @@ class Plan:
 
 
 def trainable_rows(split: SplitCard, task: TaskSpec) -> NDArray[np.int64]:
-    """The rows that teach anything: with a weight above 0, and for CTC with an alignment.
+    """The rows that teach anything: with a weight above 0, for CTC with an alignment, for language of two symbols.
 
     A target can be aligned where label frames needed <= label frames given.
     """
     counts = split.weights_N > 0
     if isinstance(task, CtcSpec):
         counts = counts & (split.label_frames_N <= split.lengths_N * task.frames_per_step)
+    if isinstance(task, LanguageSpec):
+        counts = counts & (split.lengths_N > 1)
     return np.flatnonzero(counts)
 
 
@@ -108,19 +118,18 @@ def make_plan(spec: JobSpec, card: DataCard, capacity: Capacity) -> Plan:
     """
     train = _training_split(spec, card)
     check_augment(spec, card.signature)
+    _check_language(spec, card)
+    check_parallel(spec)
     world = max(1, spec.cluster.workers)
     _check_devices(spec, capacity)
     lanes = spec.batch.lanes or world
     rows = trainable_rows(train, spec.task)
     _check_rows(len(rows), lanes, world)
     lengths = train.lengths_N[rows]
-    epoch, size = fitting_epoch(spec, card, rows, capacity)
-    if epoch.pieces(0) > 1:
-        _check_pieces(spec)
-    check_memory(spec, size, capacity)
+    epoch = _streams(spec, card, rows) if spec.batch.streams else _batches(spec, card, rows, capacity)
+    check_memory(spec, epoch.worker_bytes, capacity)
     median, p99 = np.percentile(lengths, [50, 99])
     dropped = len(train.lengths_N) - len(rows)
-    explained = explain(epoch, ranks=world)
     return Plan(
         spec_digest=spec.digest,
         data_digest=card.digest,
@@ -136,18 +145,58 @@ def make_plan(spec: JobSpec, card: DataCard, capacity: Capacity) -> Plan:
         length_median=int(median),
         length_p99=int(p99),
         length_max=int(lengths.max()),
-        updates_per_epoch=epoch.num_updates,
-        num_updates=epoch.num_updates * spec.train.epochs,
-        rows_per_update=epoch.num_entries / epoch.num_updates,
-        max_slots=epoch.limit.slots,
+        updates_per_epoch=epoch.batches.updates,
+        num_updates=epoch.batches.updates * spec.train.epochs,
+        rows_per_update=epoch.batches.entries / epoch.batches.updates,
+        max_slots=epoch.batches.limit,
         slots_found="estimated" if spec.batch.is_auto else "given",
-        fill=epoch.fill,
+        fill=epoch.batches.fill,
         worst_slots=epoch.worst_slots,
         parameters=count_parameters(spec.model, spec.task, card.signature),
-        worker_bytes=size,
+        worker_bytes=epoch.worker_bytes,
         batch_digest=epoch.digest,
+        batches=epoch.batches,
+        warnings=epoch.warnings + _left_out(dropped, spec.task),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    """Epoch 0 as the plan tells it, whichever way its rows are read."""
+
+    batches: Explained
+    worst_slots: int
+    digest: str
+    worker_bytes: int
+    warnings: tuple[str, ...]
+
+
+def _batches(spec: JobSpec, card: DataCard, rows: NDArray[np.int64], capacity: Capacity) -> _Epoch:
+    epoch, size = fitting_epoch(spec, card, rows, capacity)
+    if epoch.pieces(0) > 1:
+        _check_pieces(spec)
+    explained = explain(epoch, ranks=max(1, spec.cluster.workers))
+    return _Epoch(
         batches=explained,
-        warnings=_warnings(spec, explained, dropped, int(epoch.padded_GL.max())),
+        worst_slots=epoch.worst_slots,
+        digest=epoch.digest,
+        worker_bytes=size,
+        warnings=_warnings(spec, explained, int(epoch.padded_GL.max())),
+    )
+
+
+def _streams(spec: JobSpec, card: DataCard, rows: NDArray[np.int64]) -> _Epoch:
+    plan, size = streams_plan(spec, card, rows)
+    short = (
+        f"an epoch is one update of {plan.num_streams} streams: no state is carried; "
+        "a smaller batch.chunk or batch.streams"
+    )
+    return _Epoch(
+        batches=explain_streams(plan, ranks=max(1, spec.cluster.workers)),
+        worst_slots=plan.worst_frames,
+        digest=plan.digest,
+        worker_bytes=size,
+        warnings=(short,) if plan.num_updates == 1 else (),
     )
 
 
@@ -180,6 +229,20 @@ def _training_split(spec: JobSpec, card: DataCard) -> SplitCard:
     return train
 
 
+def _check_language(spec: JobSpec, card: DataCard) -> None:
+    """Refuse a language model of what are no symbols, or one that sees the symbol it predicts."""
+    if not isinstance(spec.task, LanguageSpec):
+        return
+    if card.signature.input_kind is not InputKind.tokens:
+        raise ConfigError(f"task: got language on data {card.name}, which are frames of numbers, expected symbols")
+    if spec.model.bidirectional:
+        raise ConfigError(
+            "model.bidirectional: got true beside task=language, expected false: it would see what it predicts"
+        )
+    if spec.augment != AugmentSpec():
+        raise ConfigError("augment: got changes of rows beside task=language, expected none: inputs are the targets")
+
+
 def _check_rows(num_rows: int, lanes: int, world: int) -> None:
     if lanes < world:
         raise ConfigError(
@@ -188,8 +251,8 @@ def _check_rows(num_rows: int, lanes: int, world: int) -> None:
         )
     if not num_rows:
         raise DataError(
-            "task: every target is longer than its input allows, or every weight is 0",
-            hint="a larger task.frames_per_step",
+            "task: every target is longer than its input allows, every row too short, or every weight is 0",
+            hint="for task=ctc a larger task.frames_per_step",
         )
     if num_rows < world:
         raise ConfigError(
@@ -231,7 +294,14 @@ def _check_devices(spec: JobSpec, capacity: Capacity) -> None:
             )
 
 
-def _warnings(spec: JobSpec, batches: Explained, dropped: int, most_padded: int) -> tuple[str, ...]:
+def _left_out(dropped: int, task: TaskSpec) -> tuple[str, ...]:
+    if not dropped:
+        return ()
+    why = "one symbol alone" if isinstance(task, LanguageSpec) else "targets too long for their inputs"
+    return (f"{dropped} training rows have {why}, or no weight, and are left out",)
+
+
+def _warnings(spec: JobSpec, batches: Explained, most_padded: int) -> tuple[str, ...]:
     found: list[str] = []
     if batches.entries < batches.lanes:
         found.append(
@@ -246,8 +316,6 @@ def _warnings(spec: JobSpec, batches: Explained, dropped: int, most_padded: int)
             f"padding, ranks wait {1 - batches.time_balance:.0%} of the time; "
             + (f"batch.max_slots={slots} makes {FEW_ROUNDS} rounds" if slots >= batches.lengths[-1] else fewer)
         )
-    if dropped:
-        found.append(f"{dropped} training rows have targets too long for their inputs, or no weight, and are left out")
     if spec.batch.class_balance and getattr(spec.task, "class_weights", None) is ClassWeights.balanced:
         found.append("batch.class_balance and task.class_weights both make rare labels count more")
     if spec.batch.budget is Budget.frames and pads(spec) and most_padded > MANY_PADDED * batches.limit:

@@ -33,6 +33,7 @@ class PlanInputs:
         rows, frames: trained on, each counted once.
         seed: of the job. lanes: shares of a round.
         slots: of a microbatch, as planned. The rest is from the batch spec.
+        streams, chunk: 0 where whole rows are read, and in positions written before there were streams.
     """
 
     planner: int
@@ -50,6 +51,8 @@ class PlanInputs:
     long_rows: str
     class_balance: float
     max_repeats: int
+    streams: int = 0
+    chunk: int = 0
 
     @property
     def digest(self) -> str:
@@ -96,6 +99,8 @@ def plan_inputs(batch: BatchSpec, lengths_N: NDArray[Any], *, data: str, lanes: 
         long_rows=batch.long_rows.value,
         class_balance=batch.class_balance,
         max_repeats=batch.max_repeats,
+        streams=batch.streams or 0,
+        chunk=batch.chunk if batch.streams else 0,
     )
 
 

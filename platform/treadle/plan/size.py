@@ -16,6 +16,7 @@ from treadle.spec import (
     CtcSpec,
     GruSpec,
     InputKind,
+    LanguageSpec,
     LstmSpec,
     MinGruSpec,
     MinLstmSpec,
@@ -23,13 +24,15 @@ from treadle.spec import (
     ModelSpec,
     OptimSpec,
     Pooling,
+    RmsPropSpec,
     RnnSpec,
     SgdSpec,
     Signature,
+    TagSpec,
     TaskSpec,
 )
 
-__all__ = ["count_parameters", "longest_target", "parameter_sizes", "training_bytes"]
+__all__ = ["count_parameters", "longest_target", "moments_per_weight", "parameter_sizes", "training_bytes"]
 
 Counts = int | NDArray[np.int64]
 
@@ -57,7 +60,7 @@ def parameter_sizes(model: ModelSpec, task: TaskSpec, signature: Signature) -> t
         layers.append(_layer_parameters(model, width, layer))
         width = output_width(model)
     embedding = signature.input_size * model.embedding_size if tokens else 0
-    return embedding, *layers, _head_parameters(width, task, signature)
+    return embedding, *layers, _head_parameters(model, width, task, signature)
 
 
 def _layer_parameters(model: ModelSpec, width: int, layer: int) -> int:
@@ -82,7 +85,9 @@ def _feed_forward(width: int, factor: float) -> int:
     return width + 2 * width * inner + inner + width if factor else 0
 
 
-def _head_parameters(width: int, task: TaskSpec, signature: Signature) -> int:
+def _head_parameters(model: ModelSpec, width: int, task: TaskSpec, signature: Signature) -> int:
+    if isinstance(task, LanguageSpec) and task.tied:
+        return signature.input_size + (0 if width == model.embedding_size else width * model.embedding_size)
     total = (width + 1) * _head_width(task, signature)
     if isinstance(task, ClassifySpec) and task.pooling is Pooling.attention:
         total += ((width + 1) // 2) * (width + 2)
@@ -92,8 +97,22 @@ def _head_parameters(width: int, task: TaskSpec, signature: Signature) -> int:
 def _head_width(task: TaskSpec, signature: Signature) -> int:
     if isinstance(task, CtcSpec):
         return task.frames_per_step * (signature.num_labels + 1)
+    if isinstance(task, LanguageSpec):
+        return signature.input_size
+    if isinstance(task, TagSpec):
+        return signature.num_labels
     assert isinstance(task, ClassifySpec)
     return signature.num_labels
+
+
+def moments_per_weight(optim: OptimSpec) -> int:
+    """Values that are kept for each weight from update to update: by the optimizer, and by the mean of weights."""
+    mean = 0 if optim.ema is None else 1
+    if isinstance(optim, SgdSpec):
+        return mean + (1 if optim.momentum else 0)
+    if isinstance(optim, RmsPropSpec):
+        return mean + (2 if optim.momentum else 1)
+    return mean + 2
 
 
 def longest_target(lengths_N: NDArray[Any], targets_N: NDArray[Any], steps: int) -> int:
@@ -112,6 +131,7 @@ def training_bytes(
     frames: Counts | None = None,
     labels: Counts | None = None,
     world: int,
+    recompute: bool = False,
 ) -> int:
     """Bytes of all tensors that one worker holds at its peak: weights, moments, gradients, activations, the batch.
 
@@ -125,6 +145,7 @@ def training_bytes(
         frames: real time steps of all rows together, which is what packed rows take; None: as many as slots.
         labels: of the longest target, for ctc; None: half as many as its label frames.
         world: ranks.
+        recompute: whether a layer's activations are computed again on the way back (`train.recompute`).
 
     Accuracy: within 15 % of what `treadle.nn.footprint.peak_bytes` measures on a CPU over a whole update in fp32: all
     cells, one and two directions, 1 to 3 layers, sizes of 32 to 512, tokens and frames, both tasks, and every option
@@ -147,9 +168,9 @@ def training_bytes(
         is_full_S=np.full(slots_S.shape, frames is not None) & (frames_S == slots_S),
     )
     weights = sum(sizes)
-    moments = weights * (1 if isinstance(optim, SgdSpec) else 2)
-    added_up = weights * (2 if world > 1 else 1)
+    moments = weights * moments_per_weight(optim)
+    added_up = weights * (2 if world > 1 or isinstance(optim, RmsPropSpec) else 1)  # or a root for each gradient
     read_S = frames_S if is_packed(model) else slots_S
     batch_S = read_S * (2 if signature.input_kind is InputKind.tokens else signature.input_size)
-    passing_S = np.maximum(activation_peaks(model, task, signature, shapes, sizes), added_up)
+    passing_S = np.maximum(activation_peaks(model, task, signature, shapes, sizes, recompute=recompute), added_up)
     return int(4 * (weights + moments + (passing_S + batch_S).max()))

@@ -149,4 +149,5 @@ def _training_bytes(
         frames=frames,
         labels=labels,
         world=max(1, spec.cluster.workers),
+        recompute=spec.train.recompute,
     )

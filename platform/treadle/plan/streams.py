@@ -1,7 +1,8 @@
 """Sequences laid end to end in lanes, for language models and long recordings: the state goes on from update to update.
 
 The sequences of an epoch are laid end to end in a keyed order and cut into `lanes * rows_per_lane` contiguous streams
-of nearly equal length. An update reads the next `chunk` frames of every stream. A lane holds the same streams
+of nearly equal length. An update reads the next frames of every stream, `chunk` at most and in all updates as many, but
+for one: a last update of what is left over would weigh as much as the others. A lane holds the same streams
 throughout, so a state carried from update to update belongs to the lane, whichever rank runs it.
 
 Shape letters: N sequences, S streams, P pieces of an update in a lane.
@@ -54,7 +55,7 @@ class StreamPlan:
         order_N: uint32, sequences as they are laid end to end.
         offsets: int64 [N + 1], where each of them begins.
         lanes: shares of an update. rows_per_lane: streams of a lane.
-        chunk: frames of a stream in one update.
+        chunk: most frames of a stream in one update.
     """
 
     order_N: NDArray[np.uint32]
@@ -77,6 +78,17 @@ class StreamPlan:
         """The same for all lanes; a stream that is a frame shorter may have nothing to read in the last update."""
         return -(-self.frames // (self.num_streams * self.chunk))
 
+    @property
+    def worst_frames(self) -> int:
+        """Most frames of a lane in an update."""
+        longest = -(-self.frames // self.num_streams)
+        return self.rows_per_lane * -(-longest // self.num_updates)
+
+    def span(self, update: int) -> tuple[int, int]:
+        """The frames [start, stop) of each stream that an update reads, as far as it goes."""
+        longest, updates = -(-self.frames // self.num_streams), self.num_updates
+        return longest * update // updates, longest * (update + 1) // updates
+
     def stream_span(self, stream: int) -> tuple[int, int]:
         """The frames [start, stop) of a stream, counted over all sequences laid end to end."""
         return self.frames * stream // self.num_streams, self.frames * (stream + 1) // self.num_streams
@@ -87,8 +99,7 @@ class StreamPlan:
             raise IndexError(f"update {update} of {self.num_updates}")
         ends = [self.stream_span(lane * self.rows_per_lane + row) for row in range(self.rows_per_lane)]
         first, last = (np.array(end, np.int64) for end in zip(*ends, strict=True))
-        start = np.minimum(first + update * self.chunk, last)
-        stop = np.minimum(start + self.chunk, last)
+        start, stop = (np.minimum(first + bound, last) for bound in self.span(update))
         low = self.offsets.searchsorted(start, side="right") - 1
         counts = np.where(start < stop, self.offsets.searchsorted(stop) - low, 0)
         streams = np.repeat(np.arange(self.rows_per_lane), counts)
@@ -108,9 +119,15 @@ class StreamPlan:
         """Frames of an update over all lanes."""
         # Of S streams, those that are a frame longer are as many as frames are left over.
         short, longer = divmod(self.frames, self.num_streams)
-        done = update * self.chunk
-        each, more = (min(max(length - done, 0), self.chunk) for length in (short, short + 1))
+        done, until = self.span(update)
+        each, more = (max(0, min(length, until) - done) for length in (short, short + 1))
         return each * (self.num_streams - longer) + more * longer
+
+    def update_ends(self, update: int) -> int:
+        """Sequences whose last frame is read in an update, over all lanes."""
+        bounds = self.frames * np.arange(self.num_streams + 1) // self.num_streams
+        start, stop = (np.minimum(bounds[:-1] + bound, bounds[1:]) for bound in self.span(update))
+        return int((self.offsets.searchsorted(stop, "right") - self.offsets.searchsorted(start, "right")).sum())
 
     @cached_property
     def digest(self) -> str:
@@ -130,7 +147,7 @@ def plan_streams(
         lengths_N: frames of each sequence, at least 1.
         lanes: shares of an update; a rank takes one or more.
         rows_per_lane: streams that a lane reads at once.
-        chunk: frames that an update reads of each stream, which gradients flow back through.
+        chunk: most frames that an update reads of each stream, which gradients flow back through.
         seed, epoch: they decide the order of the sequences.
 
     Raises:
@@ -146,6 +163,7 @@ def plan_streams(
     np.cumsum(lengths[order], out=offsets[1:])
     if offsets[-1] < lanes * rows_per_lane:
         raise ConfigError(
-            f"batch.lanes: got {lanes} x {rows_per_lane} streams, expected at most {offsets[-1]}, one a frame"
+            f"batch.streams: got {lanes} x {rows_per_lane} streams, expected at most {offsets[-1]}, one a frame",
+            hint="a smaller batch.streams, or fewer batch.lanes",
         )
     return StreamPlan(order_N=order, offsets=offsets, lanes=lanes, rows_per_lane=rows_per_lane, chunk=chunk)

@@ -11,7 +11,7 @@ import torch
 
 from treadle.data import Batch, Form
 from treadle.nn import build_network
-from treadle.plan.size import count_parameters, longest_target, parameter_sizes, training_bytes
+from treadle.plan.size import count_parameters, longest_target, moments_per_weight, parameter_sizes, training_bytes
 from treadle.spec import (
     AdamWSpec,
     ClassifySpec,
@@ -23,6 +23,7 @@ from treadle.spec import (
     MinLstmSpec,
     MinSpec,
     Pooling,
+    RmsPropSpec,
     RnnSpec,
     SgdSpec,
     Signature,
@@ -168,6 +169,24 @@ def test_both_forms_are_covered(cell, packed):
     signature = Signature(input_kind=InputKind.frames, input_size=16, num_labels=5, max_length=99)
     lengths = lengths_of((16, 40), full=False)
     assert_close(measured_and_predicted(cell(hidden_size=64), ClassifySpec(), signature, lengths, packed=packed))
+
+
+@pytest.mark.parametrize(
+    ("optim", "moments"),
+    [
+        (AdamWSpec(), 2),
+        (AdamWSpec(ema=0.9), 3),
+        (SgdSpec(), 1),
+        (SgdSpec(momentum=0.0), 0),
+        (RmsPropSpec(), 1),
+        (RmsPropSpec(momentum=0.5, ema=0.9), 3),
+    ],
+)
+def test_every_optimizer_keeps_its_moments(optim, moments):
+    signature = Signature(input_kind=InputKind.frames, input_size=16, num_labels=5, max_length=99)
+    assert moments_per_weight(optim) == moments
+    if optim.ema is None:
+        assert_close(measured_and_predicted(LstmSpec(hidden_size=200), ClassifySpec(), signature, [6, 6], optim=optim))
 
 
 def test_plain_descent_keeps_one_moment():

@@ -43,15 +43,16 @@ def test_every_frame_once_in_order_and_the_state_starts_anew_where_a_sequence_do
     seen = []
     for lane in range(lanes):
         for stream in range(rows):
-            read = []
+            read, sizes = [], set()
             for update in range(plan.num_updates):
                 pieces = plan.pieces(update, lane)
                 assert (pieces.stops_P > pieces.starts_P).all()
                 part = frames_of(pieces, stream)
                 assert len(part) <= chunk
-                assert len(part) == chunk or update == plan.num_updates - 1
+                sizes.add(len(part))
                 read += part
             start, stop = plan.stream_span(lane * rows + stream)
+            assert max(sizes) - min(sizes) <= 2
             assert len(read) == stop - start
             assert [begins for *_, begins in read] == [t == 0 or i == 0 for i, (_, t, _) in enumerate(read)]
             for (row, t, _), (after, s, _) in itertools.pairwise(read):
@@ -69,9 +70,26 @@ def test_counts_of_an_update_are_those_of_its_lanes(lengths_N, shape):
     counts = [sum(plan.pieces(update, lane).frames for lane in range(plan.lanes)) for update in range(plan.num_updates)]
     assert counts == [plan.update_frames(update) for update in range(plan.num_updates)]
     assert sum(counts) == plan.frames == lengths_N.sum()
+    each = [[plan.pieces(update, lane).frames for lane in range(plan.lanes)] for update in range(plan.num_updates)]
+    assert max(map(max, each)) <= plan.worst_frames <= shape[1] * shape[2]
+    ends = [
+        sum(_ends(plan.pieces(update, lane), lengths_N) for lane in range(plan.lanes)) for update in range(len(each))
+    ]
+    assert ends == [plan.update_ends(update) for update in range(plan.num_updates)]
+    assert sum(ends) == len(lengths_N)
     assert min(counts) > 0
     sizes = [stop - start for start, stop in map(plan.stream_span, range(plan.num_streams))]
     assert max(sizes) - min(sizes) <= 1
+
+
+def _ends(pieces, lengths_N):
+    return int((pieces.stops_P == lengths_N[pieces.rows_P]).sum())
+
+
+def test_no_update_is_a_rest():
+    plan = plan_of(np.array([1001]), (1, 1, 100))
+    sizes = [plan.update_frames(update) for update in range(plan.num_updates)]
+    assert (len(sizes), min(sizes), max(sizes)) == (11, 91, 91)
 
 
 def test_a_lane_reads_the_same_whatever_was_read_before():

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.data.load.batch import Form
+from treadle.data.load.buffers import Lease
 from treadle.data.load.reader import RowReader
 from treadle.data.manifest import Manifest
 from treadle.data.order import starts_of
 from treadle.plan import StreamPieces, StreamPlan
 from treadle.spec import TargetPer
 
-__all__ = ["StreamBatch", "read_streams"]
+__all__ = ["StreamBatch", "read_pieces", "read_streams"]
 
 Ints = NDArray[np.int64]
 
@@ -53,6 +54,28 @@ class StreamBatch:
     def frames(self) -> int:
         return len(self.starts_N)
 
+    @property
+    def slots(self) -> int:
+        """The same: nothing is padded."""
+        return len(self.starts_N)
+
+    @property
+    def form(self) -> Form:
+        return Form.packed
+
+    def part(self, first: int, stop: int) -> StreamBatch:
+        """The `first`-th to below the `stop`-th of its streams; views, no copies."""
+        bounds = starts_of(self.lengths_B)
+        frames = slice(int(bounds[first]), int(bounds[stop]))
+        of_frames = {name: getattr(self, name) for name in ("next_N", "labels_N", "values_NK", "gaps_N")}
+        return StreamBatch(
+            inputs=self.inputs[frames],
+            streams_B=self.streams_B[first:stop],
+            lengths_B=self.lengths_B[first:stop],
+            starts_N=self.starts_N[frames],
+            **{name: None if values is None else values[frames] for name, values in of_frames.items()},
+        )
+
 
 def read_streams(
     reader: RowReader, manifest: Manifest, rows_R: Ints, plan: StreamPlan, lanes: range, *, start: int = 0
@@ -63,37 +86,52 @@ def read_streams(
         rows_R: row number in the data set of each sequence of the plan.
         lanes: those of a rank; there is an element for each, None where a lane has no frames left.
     """
-    lengths_R = manifest.columns["length"][rows_R].astype(np.int64)
-    per_frame = manifest.header.content.target_per is TargetPer.frame
     for update in range(start, plan.num_updates):
         pieces = [plan.pieces(update, lane) for lane in lanes]
-        yield [_batch(reader, rows_R, lengths_R, part, per_frame) if len(part.rows_P) else None for part in pieces]
+        yield [read_pieces(reader, manifest, rows_R, part) if len(part.rows_P) else None for part in pieces]
 
 
-def _batch(reader: RowReader, rows_R: Ints, lengths_R: Ints, pieces: StreamPieces, per_frame: bool) -> StreamBatch:
+def read_pieces(
+    reader: RowReader, manifest: Manifest, rows_R: Ints, pieces: StreamPieces, *, lease: Lease | None = None
+) -> StreamBatch:
+    """The batch of these pieces, one or more.
+
+    Args:
+        rows_R: row number in the data set of each sequence that pieces name.
+        lease: memory that is used again, for inputs and next symbols; fresh where there is none.
+    """
+    numbers_P = rows_R[pieces.rows_P]
     counts_P = pieces.stops_P - pieces.starts_P
-    # One frame more of each piece, where its sequence goes on: what is to be predicted after its last.
-    more_P = (pieces.stops_P < lengths_R[pieces.rows_P]).astype(np.int64)
-    read = reader.batch(
-        rows_R[pieces.rows_P], form=Form.packed, starts_B=pieces.starts_P, stops_B=pieces.stops_P + more_P
-    )
-    first_P, kept_P = starts_of(counts_P + more_P)[:-1], starts_of(counts_P)[:-1]
-    place_N = np.arange(int(counts_P.sum())) + np.repeat(first_P - kept_P, counts_P)
-    starts_N = np.zeros(len(place_N), np.bool_)
-    starts_N[kept_P] = pieces.begins_P
+    # One symbol more of each piece, where its sequence goes on: what is to be predicted after its last.
+    goes_on_P = pieces.stops_P < manifest.columns["length"][numbers_P]
+    more_P = goes_on_P.astype(np.int64) if manifest.preprocessing.symbols else np.zeros(len(counts_P), np.int64)
+    stops_P = pieces.stops_P + more_P
+    read = reader.batch(numbers_P, form=Form.packed, starts_B=pieces.starts_P, stops_B=stops_P, lease=lease)
+    kept_P = starts_of(counts_P)
+    starts_N = np.zeros(int(kept_P[-1]), np.bool_)
+    starts_N[kept_P[:-1]] = pieces.begins_P
     streams_B, at_B = np.unique(pieces.streams_P, return_index=True)
-    next_N = None
+    inputs, next_N, gaps_N = read.inputs, None, read.gaps
     if read.inputs.ndim == 1:
-        next_N = read.inputs[np.minimum(place_N + 1, len(read.inputs) - 1)]
-        next_N[(kept_P + counts_P - 1)[more_P == 0]] = -1
+        place_N = np.arange(len(starts_N)) + np.repeat(starts_of(more_P)[:-1], counts_P)
+        inputs, next_N = _taken(read.inputs, place_N, lease), _taken(read.inputs, place_N + 1, lease)
+        next_N[kept_P[1:][~goes_on_P] - 1] = -1
+        gaps_N = None if read.gaps is None else read.gaps[place_N]
+    per_frame = manifest.header.content.target_per is TargetPer.frame
     kept_PT = np.arange(int(read.lengths_B.max())) < counts_P[:, None]
     return StreamBatch(
-        inputs=read.inputs[place_N],
+        inputs=inputs,
         streams_B=streams_B,
         lengths_B=np.add.reduceat(counts_P, at_B),
         starts_N=starts_N,
         next_N=next_N,
         labels_N=read.labels_BU[kept_PT] if per_frame and read.values is None else None,
         values_NK=read.values[kept_PT] if per_frame and read.values is not None else None,
-        gaps_N=None if read.gaps is None else read.gaps[place_N],
+        gaps_N=gaps_N,
     )
+
+
+def _taken(values: NDArray[Any], place_N: Ints, lease: Lease | None) -> Ints:
+    """The values at these places; behind the last one stands that again."""
+    out = np.empty(len(place_N), np.int64) if lease is None else lease.array((len(place_N),), np.int64)
+    return np.take(values, place_N, out=out, mode="clip")  # any other mode copies once more

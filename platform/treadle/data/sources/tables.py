@@ -210,6 +210,8 @@ def read_table(place: Place, part: Part, columns: Sequence[str]) -> Iterator[Pie
     batches = _parquet_batches if is_parquet else _arrow_batches
     with damaged(part.file):
         for batch in batches(place.filesystem, part, list(columns)):
+            if not is_parquet:  # whose reader makes its offsets itself; those of a file may lead anywhere
+                batch.validate(full=True)
             for piece in cut(batch):
                 lines = piece if is_parquet else _detached(piece)
                 yield Piece(batch=lines, number_R=np.arange(number, number + piece.num_rows))
