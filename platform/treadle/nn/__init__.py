@@ -7,6 +7,7 @@ call, one form of state and one treatment of rows of unlike length. README.md be
 from treadle.nn.attention import AttentionLayer
 from treadle.nn.cell import State
 from treadle.nn.cells import GRU, LSTM, RNN, MinGRU, MinLSTM, from_torch
+from treadle.nn.compiled import compile_layers
 from treadle.nn.feedforward import FeedForward
 from treadle.nn.footprint import ChunkPlan, measure_footprint, plan_chunk
 from treadle.nn.heads import ClassifyHead, CoxHead, CtcHead, HazardHead, RegressionHead, TagHead
@@ -32,6 +33,7 @@ from treadle.nn.losses import (
 from treadle.nn.network import Network, build_network, count_parameters
 from treadle.nn.pieces import PieceReader
 from treadle.nn.pooling import AttentionPooling, segment_softmax
+from treadle.nn.recompute import recompute_layers
 from treadle.nn.rows import Rows, debug_checks
 from treadle.nn.scan import ScanBackend, scan_backends
 from treadle.nn.stack import RecurrentStack
@@ -79,6 +81,7 @@ __all__ = [
     "checkpointed",
     "class_weight_sum",
     "classify_loss_sum",
+    "compile_layers",
     "concordance_index",
     "count_parameters",
     "cox_loss_sum",
@@ -94,6 +97,7 @@ __all__ = [
     "measure_footprint",
     "pinball_loss_sum",
     "plan_chunk",
+    "recompute_layers",
     "scan_backends",
     "segment_softmax",
     "squared_loss_sum",

@@ -5,6 +5,7 @@ Shape letters: B rows, T time steps, D features, N frames of all rows laid end t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from treadle.nn.attention import AttentionLayer
 from treadle.nn.cell import State, check_like
 from treadle.nn.feedforward import FeedForward
 from treadle.nn.frames import Frames, read_frames
+from treadle.nn.recompute import recomputed
 from treadle.nn.rows import Lengths, Offsets, Rows
 from treadle.nn.stack import RecurrentStack
 
@@ -80,6 +82,7 @@ class HybridStack(nn.Module):
         self.num_layers = num_layers
         self.batch_first = batch_first
         self.bidirectional = bidirectional
+        self.recompute = False  # see `recompute_layers`
         self.window = window
         self.num_directions = 2 if bidirectional else 1
         self.output_size = hidden_size * self.num_directions
@@ -115,6 +118,15 @@ class HybridStack(nn.Module):
     def _layer(self, kind: str, index: int) -> RecurrentStack | AttentionLayer:
         layers = self.recurrent if kind == "recurrent" else self.attention
         return cast("RecurrentStack | AttentionLayer", layers[index])
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """Its layers of all kinds in the order in which they run."""
+        found: list[nn.Module] = []
+        for kind, index in self._order:
+            found.append(self._layer(kind, index))
+            found += [self.mlp[index]] if kind == "attention" else []
+        return tuple(found)
 
     def _named(self) -> list[tuple[str, RecurrentStack | AttentionLayer]]:
         return [(f"{kind}{index}", self._layer(kind, index)) for kind, index in self._order]
@@ -171,7 +183,8 @@ class HybridStack(nn.Module):
         for place, layer in self._named():
             before = None if state is None else _part(state, place)
             if isinstance(layer, AttentionLayer):
-                added, end = layer(values, frames.rows, before, starts_N=frames.starts_N, final_state=final_state)
+                call_layer = functools.partial(recomputed, layer) if self._again else layer
+                added, end = call_layer(values, frames.rows, before, starts_N=frames.starts_N, final_state=final_state)
                 values = self._around(place, values, added)
             else:
                 values, end = call(layer, values, before, final_state)
@@ -207,7 +220,13 @@ class HybridStack(nn.Module):
     def _around(self, place: str, x: Tensor, added: Tensor) -> Tensor:
         x = x + added
         mlp = self.mlp[int(place.removeprefix("attention"))]
-        return x + mlp(x) if isinstance(mlp, FeedForward) else x
+        if not isinstance(mlp, FeedForward):
+            return x
+        return x + (recomputed(mlp, x) if self._again else mlp(x))
+
+    @property
+    def _again(self) -> bool:
+        return self.recompute and torch.is_grad_enabled()
 
     def _checked(self, state: State, num_rows: int) -> State:
         check_like(state, self.initial_state(num_rows))

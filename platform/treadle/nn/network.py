@@ -6,15 +6,17 @@ Shape letters: B rows, T time steps, D features, H outputs of the stack, K class
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from treadle.errors import ConfigError
+from treadle.nn.cell import State
 from treadle.nn.cells import GRU, LSTM, RNN, MinGRU, MinLSTM
-from treadle.nn.heads import ClassifyHead, CtcHead
+from treadle.nn.heads import ClassifyHead, CtcHead, TagHead
 from treadle.nn.hybrid import HybridStack
+from treadle.nn.language import LanguageModelHead, Softmax
 from treadle.nn.rows import Lengths, Rows
 from treadle.nn.stack import RecurrentStack
 from treadle.spec import (
@@ -22,12 +24,14 @@ from treadle.spec import (
     CtcSpec,
     GruSpec,
     InputKind,
+    LanguageSpec,
     LstmSpec,
     MinGruSpec,
     MinLstmSpec,
     ModelSpec,
     RnnSpec,
     Signature,
+    TagSpec,
     TaskSpec,
 )
 
@@ -51,6 +55,9 @@ _STACKS: dict[type[ModelSpec], tuple[type[RecurrentStack], Callable[[Any], dict[
 }
 
 
+_Head = CtcHead | ClassifyHead | LanguageModelHead | TagHead
+
+
 class Network(nn.Module):
     """The model of a job. Made by `build_network`.
 
@@ -67,7 +74,7 @@ class Network(nn.Module):
         embedding: nn.Embedding | None,
         dropout: float,
         stack: RecurrentStack | HybridStack,
-        head: CtcHead | ClassifyHead,
+        head: _Head,
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -80,14 +87,39 @@ class Network(nn.Module):
         """Whether packed inputs are the form that costs least: nothing then lays them out anew."""
         return self.stack.packed
 
-    def forward(self, x: Tensor, lengths: Lengths | None = None, packed: bool = False) -> Tensor:
-        """Scores before the softmax: logits_BTK over label frames (CTC), logits_BK (classification).
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """Its modules in the order in which they run: embedding, recurrent and attention layers, head."""
+        return *(() if self.embedding is None else (self.embedding,)), *self.stack.parts, self.head
+
+    @overload
+    def forward(self, x: Tensor, lengths: Lengths | None = None, packed: bool = False) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, lengths: Lengths | None, packed: bool, *, state: State, starts: Tensor | None = None
+    ) -> tuple[Tensor, State]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Lengths | None = None,
+        packed: bool = False,
+        *,
+        state: State | None = None,
+        starts: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, State]:
+        """Scores before the softmax: logits_BTK over label frames (CTC), logits_BK (classification), logits_NK of the
+        frames of all rows laid end to end (language models, tags).
 
         Args:
             x: tokens_BT (whole numbers; symbol 0 is a symbol like the others) or frames_BTD.
             lengths: frames of each row, as a CPU tensor or integers; None where all rows are full.
                 Padded slots may hold anything that is a legal input.
             packed: x is tokens_N or frames_ND, the frames of all rows laid end to end. Any network takes both forms.
+            state: of the stack, where an earlier piece of the same rows ended, such as `stack.initial_state(B)`. What
+                comes back is then a pair: the scores, and the state at the last frame of each row.
+            starts: True [N] at frames before which the state restarts; beside a state and packed frames.
 
         Raises:
             DataError: an empty row; the message names its index.
@@ -95,11 +127,23 @@ class Network(nn.Module):
         """
         rows = self._rows(x, lengths, packed=packed)
         x_ND = self._embedded(x if packed else rows.pack(x))
+        if state is not None:
+            h_NH, after = self._carried(x_ND, rows, state, starts)
+            return self._scores(h_NH, rows), after
         if self.stack.packed:
             h_NH, _ = self.stack(x_ND, offsets=rows, final_state=False)
         else:
             h_BTH, _ = self.stack(rows.pad(x_ND), lengths=lengths, final_state=False)
             h_NH = rows.pack(h_BTH)
+        return self._scores(h_NH, rows)
+
+    def _carried(self, x_ND: Tensor, rows: Rows, state: State, starts: Tensor | None) -> tuple[Tensor, State]:
+        if self.stack.packed or starts is not None or not rows.is_full:
+            return self.stack(x_ND, state, offsets=rows, starts=starts)
+        h_BTH, after = self.stack(rows.pad(x_ND), state)  # but a view, and cells that pad then lay out nothing anew
+        return rows.pack(h_BTH), after
+
+    def _scores(self, h_NH: Tensor, rows: Rows) -> Tensor:
         return self.head.padded(h_NH, rows) if isinstance(self.head, CtcHead) else self.head(h_NH, rows)
 
     def _rows(self, x: Tensor, lengths: Lengths | None, *, packed: bool) -> Rows:
@@ -152,20 +196,30 @@ def build_network(model: ModelSpec, task: TaskSpec, signature: Signature) -> Net
         stack = HybridStack(stack_type, attention_every=model.attention_every, **attention, **shared)
     else:
         stack = stack_type(**shared)
+    embedding = nn.Embedding(signature.input_size, model.embedding_size) if tokens else None
     return Network(
-        embedding=nn.Embedding(signature.input_size, model.embedding_size) if tokens else None,
+        embedding=embedding,
         dropout=model.dropout,
         stack=stack,
-        head=_head(task, stack, signature.num_labels),
+        head=_head(task, stack, signature.num_labels, embedding),
     )
 
 
-def _head(task: TaskSpec, stack: RecurrentStack | HybridStack, num_labels: int) -> CtcHead | ClassifyHead:
+def _head(
+    task: TaskSpec, stack: RecurrentStack | HybridStack, num_labels: int, embedding: nn.Embedding | None
+) -> _Head:
+    if isinstance(task, LanguageSpec):
+        if embedding is None:
+            raise ConfigError("task: got language where inputs are frames of numbers, expected symbols")
+        shared = {"softmax": Softmax.tied, "embedding": embedding} if task.tied else {}
+        return LanguageModelHead(stack.output_size, embedding.num_embeddings, **shared)
+    if isinstance(task, TagSpec):
+        return TagHead(stack.output_size, num_labels)
     if isinstance(task, CtcSpec):
         return CtcHead(stack.output_size, num_labels, task.frames_per_step)
     if isinstance(task, ClassifySpec):
         return ClassifyHead(stack.output_size, num_labels, task.pooling, stack.num_directions)
-    raise ConfigError(f"task: got {type(task).__name__}, expected CtcSpec or ClassifySpec")
+    raise ConfigError(f"task: got {type(task).__name__}, expected one that has a head")
 
 
 def recurrent_stack_of(module: nn.Module) -> RecurrentStack:

@@ -22,6 +22,7 @@ from treadle.nn.cell import Cell, State, check_state
 from treadle.nn.frames import Frames, groups_of_like_length, read_frames, split_at_starts
 from treadle.nn.gates import state_dtype
 from treadle.nn.layer import Layer, LayerOptions, LayerState
+from treadle.nn.recompute import recomputed
 from treadle.nn.rows import Lengths, Offsets, Rows, pick
 
 __all__ = ["RecurrentStack"]
@@ -108,6 +109,8 @@ class RecurrentStack(nn.Module):
         self._state_size = cell.state_size
         self.packed = cell.packed  # whether packed frames are the form that costs least
         self.time_decay = time_decay
+        self.recompute = False  # see `recompute_layers`
+        self.call_packed: Callable[..., Any] | None = None  # see `compile_layers`
         # Has the format and the device of the weights, which are dear to look for at every step.
         self.register_buffer("_like", torch.empty(0), persistent=False)
         self._windows = {f"conv{index}": (conv_size, size) for index, size in enumerate(sizes) if conv_size}
@@ -115,6 +118,11 @@ class RecurrentStack(nn.Module):
         if learned_state:
             shape = (num_layers * self.num_directions, cell.state_size)
             self.initial.update({name: nn.Parameter(torch.zeros(shape)) for name in cell.state_names})
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """Its layers, first to last."""
+        return tuple(self.layers)
 
     def _layer(self, index: int) -> Layer:
         layer = self.layers[index]
@@ -240,10 +248,22 @@ class RecurrentStack(nn.Module):
         ends: list[LayerState] = []
         for index, state in enumerate(self._split(before)):
             reset = None if resets is None else resets[index]
-            values, end = self._layer(index)(values, state, frames, reset, final_state=final_state)
+            values, end = self._called(index, values, state, frames, reset, final_state=final_state)
             values = values.to(out_dtype)  # narrow between layers; only states stay fp32
             ends.append(end)
         return values, self._joined(ends) if final_state else {}
+
+    def _called(
+        self, index: int, x: Tensor, state: LayerState, frames: Frames, reset: LayerState | None, *, final_state: bool
+    ) -> tuple[Tensor, LayerState]:
+        """What a layer gives, called as `recompute_layers` and `compile_layers` have asked for."""
+        layer = self._layer(index)
+        call = recomputed if self.recompute and torch.is_grad_enabled() else _plainly
+        is_plain = frames.starts_N is None and frames.gaps_N is None and layer.conv is None
+        if self.call_packed is None or not is_plain:
+            return call(layer, x, state, frames, reset, final_state=final_state)
+        y, cells = call(self.call_packed, layer, x, state.cells, frames.rows.offsets, final_state)
+        return y, LayerState(cells=cells)
 
     def _run_groups(self, frames: Frames, before: State, *, final_state: bool) -> tuple[Tensor, State]:
         """The same from packed frames for cells that want them padded: rows of like length together.
@@ -330,6 +350,10 @@ class RecurrentStack(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *self._said])
+
+
+def _plainly(layer: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    return layer(*inputs, **options)
 
 
 def _where(rows_B: Tensor, chosen: State, other: State) -> State:
