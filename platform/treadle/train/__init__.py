@@ -3,7 +3,7 @@
 from treadle.train.evaluate import Evaluation, Evaluator
 from treadle.train.export import ModelConfig, export_network, restore_network
 from treadle.train.feed import Feed
-from treadle.train.fit import Checkpointer, Control, Outcome, Run, fit
+from treadle.train.fit import Checkpointer, Control, NoPulse, Outcome, Pulse, Reached, Run, fit
 from treadle.train.optim import build_optimizer
 from treadle.train.precision import PrecisionChoice, choose_precision
 from treadle.train.state import TrainState, load_weights, pack, unpack
@@ -18,8 +18,11 @@ __all__ = [
     "Evaluator",
     "Feed",
     "ModelConfig",
+    "NoPulse",
     "Outcome",
     "PrecisionChoice",
+    "Pulse",
+    "Reached",
     "Run",
     "Task",
     "TrainState",

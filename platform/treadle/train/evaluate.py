@@ -14,13 +14,18 @@ from torch import nn
 from treadle.data import Batch, Buffers, Form, Lease, Manifest, RowReader, ahead
 from treadle.plan import plan_epoch
 from treadle.spec import BatchSpec, JobSpec
+from treadle.train.frame_tasks import NUM_SHOWN
 from treadle.train.precision import PrecisionChoice
+from treadle.train.sharding import whole
 from treadle.train.task import Answer, Scores, Task, run_network
 from treadle.train.world import World
 
-__all__ = ["Evaluation", "Evaluator", "Sample"]
+__all__ = ["Evaluation", "Evaluator", "Judged", "Sample"]
 
 NUM_SAMPLES = 40
+
+Judged = tuple[NDArray[np.int64], list[tuple[int, ...]], Answer]
+"""The rows of a question, what was accepted, and what was answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates on one split. Each row is a question.
+    """Evaluates on one split. Each row is a question; of tasks of frames, each frame that has a target.
 
     Where a task has alternatives, rows of one entity with equal inputs are one question, and any of their targets is
     right. Rows are dealt to the ranks sorted by length without noise, so that nearly nothing is padded.
@@ -78,7 +83,7 @@ class Evaluator:
         self._world = world
         self._form = form
         self._buffers = Buffers()
-        self._labels = manifest.preprocessing.labels
+        self._names = task.names(manifest.preprocessing)
         self._symbols = manifest.header.content.symbols
         self._questions = _questions(manifest, manifest.rows_of(split), grouped=task.has_alternatives)
         self._lengths = manifest.columns["length"]
@@ -90,24 +95,30 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, network: nn.Module, precision: PrecisionChoice) -> Evaluation:
         """The evaluation of `network`, which is put into evaluation mode and back."""
-        scores, samples = Scores(self._task.num_labels), []
+        scores = Scores(self._task.num_labels)
         was_training = network.training
         network.eval()
         try:
-            for groups, batch, lease in ahead(self._batches):
-                with precision.autocast():
-                    logits = run_network(network, batch, self._world.device)
-                    loss = self._task.loss_sum(logits, batch)
-                scores.loss_sum += float(loss)
-                scores.loss_count += self._task.count(batch)
-                answers = self._task.answers(logits, torch.from_numpy(batch.lengths_B))
-                for group, references, answer in zip(groups, self._references(groups), answers, strict=True):
-                    scores.add(self._task.score(answer, references))
-                    samples.append((group, references, answer))
-                lease.release()  # the loss has been read: a device has what it needed
+            with whole(network):
+                samples = self._judged(network, precision, scores)
         finally:
             network.train(was_training)
         return self._summed(scores, samples)
+
+    def _judged(self, network: nn.Module, precision: PrecisionChoice, scores: Scores) -> list[Judged]:
+        """Judge this rank's questions, into `scores`."""
+        samples: list[Judged] = []
+        for groups, batch, lease in ahead(self._batches):
+            with precision.autocast():
+                logits = run_network(network, batch, self._world.device)
+                loss = self._task.loss_sum(logits, batch)
+            scores.loss_sum += float(loss)
+            scores.loss_count += self._task.count(batch)
+            references = [] if self._task.is_per_frame else self._references(groups)
+            judged = self._task.judge(scores, logits, batch, references)
+            samples += [(group, *found) for group, found in zip(groups, judged, strict=True)]
+            lease.release()  # the loss has been read: a device has what it needed
+        return samples
 
     def _batches(self) -> Iterator[tuple[list[NDArray[np.int64]], Batch, Lease]]:
         firsts_N = np.array([group[0] for group in self._questions], np.int64)
@@ -132,12 +143,9 @@ class Evaluator:
         found = iter([tuple(row[:n].tolist()) for row, n in zip(labels_BU, lengths_B, strict=True)])
         return [list(itertools.islice(found, len(group))) for group in groups]
 
-    def _summed(
-        self, scores: Scores, samples: list[tuple[NDArray[np.int64], list[tuple[int, ...]], Answer]]
-    ) -> Evaluation:
+    def _summed(self, scores: Scores, samples: list[Judged]) -> Evaluation:
         world = self._world
-        sums = world.sum([scores.rows, scores.wrong_rows, scores.loss_sum, scores.loss_count])
-        scores.rows, scores.wrong_rows, scores.loss_sum, scores.loss_count = sums
+        scores.set_sums(world.sum(scores.sums()))
         scores.counts = world.sum_tensor(scores.counts.to(world.device)).cpu()
         step = max(1, len(samples) // NUM_SAMPLES)
         return Evaluation(
@@ -150,14 +158,16 @@ class Evaluator:
     def _inputs(self, group: NDArray[np.int64]) -> tuple[str, ...]:
         if not self._symbols:
             return (self._reader.entity(int(group[0])), f"{self._lengths[group[0]]} frames")
-        return tuple(self._symbols[i] for i in self._reader.raw(group[:1]).values)
+        values = self._reader.raw(group[:1]).values
+        return tuple(self._symbols[i] for i in (values[:NUM_SHOWN] if self._task.is_per_frame else values))
 
     def _sample(self, group: NDArray[np.int64], references: list[tuple[int, ...]], answer: Answer) -> Sample:
+        names = self._names
         return Sample(
             entity=self._reader.entity(int(group[0])),
             inputs=self._inputs(group),
-            expected=tuple(tuple(self._labels[i] for i in reference) for reference in references),
-            answered=tuple(self._labels[i] for i in answer.labels),
+            expected=tuple(tuple(names[i] if i >= 0 else "" for i in reference) for reference in references),
+            answered=tuple(names[i] for i in answer.labels),
             confidence=answer.confidence,
         )
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from treadle.data import Batch, Buffers, Form, Lease, Manifest, RowReader, ahead
 from treadle.data.load.augment import augment_batch
 from treadle.plan import EpochPlan, class_repeats, plan_epoch, trainable_rows
-from treadle.spec import AugmentSpec, JobSpec, TargetPer
+from treadle.spec import AugmentSpec, JobSpec, Parallel, TargetPer
 from treadle.train.task import Task
 from treadle.train.world import World
 
@@ -30,6 +30,7 @@ class Micro:
     Args:
         piece, num_pieces: which part of its rows it holds, where they are too long to be read at once; the state is
             carried from one to the next.
+        part: which part of its rows it holds, where memory was too small for all of them at once.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Micro:
     batch: Batch
     piece: int = 0
     num_pieces: int = 1
+    part: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class Update:
         frames, rows: of all ranks together, as the plan says.
         weighted_frames, weighted_rows: the same, each row counted by its weight: what a summed loss is divided by.
         micros: this rank's; none where there are fewer rows than lanes.
+        passes: microbatches of the rank that has most, where all ranks run the network together; else 0.
     """
 
     epoch: int
@@ -59,6 +62,7 @@ class Update:
     weighted_frames: float
     weighted_rows: float
     micros: tuple[Micro, ...]
+    passes: int = 0
 
     @property
     def is_last_of_epoch(self) -> bool:
@@ -124,6 +128,26 @@ class Feed:
         finally:
             updates.close()  # type: ignore[attr-defined]  a generator
 
+    @property
+    def mean_rows(self) -> float:
+        """Rows of an update of all ranks together, on average over the first epoch."""
+        plan = self.plan(0)
+        return sum(plan.update_rows(i) for i in range(plan.num_updates)) / plan.num_updates
+
+    def rows_before(self, epoch: int, index: int) -> list[int]:
+        """The rows of the update before this position, of all ranks: row numbers of the data set, ascending."""
+        while not index:
+            epoch -= 1
+            index = self.plan(epoch).num_updates
+        return self.rows_of(epoch, index - 1)
+
+    def rows_of(self, epoch: int, index: int) -> list[int]:
+        """The rows of the `index`-th update of an epoch, of all ranks: row numbers of the data set, ascending."""
+        plan = self.plan(epoch)
+        places = [(number, lane) for number in plan.rounds_of(index) for lane in range(self._lanes)]
+        rows = [self._rows[plan.lane_rows(*place)] for place in places if len(plan.lane_rows(*place))]
+        return np.sort(np.concatenate(rows)).tolist()
+
     def largest(self) -> Batch:
         """The microbatch with the most slots in epoch 0, for probes."""
         plan = self.plan(0)
@@ -146,6 +170,7 @@ class Feed:
                     weighted_frames=weighted_frames,
                     weighted_rows=weighted_rows,
                     micros=tuple(self._micros(plan, self._places(plan, i), epoch, lease)),
+                    passes=self._passes(plan, i),
                 )
                 yield update, lease
             epoch, index = epoch + 1, 0
@@ -155,6 +180,12 @@ class Feed:
         lanes = range(self._world.rank, self._lanes, self._world.size)
         places = [(number, lane) for number in plan.rounds_of(update) for lane in lanes]
         return [place for place in places if len(plan.lane_rows(*place))]
+
+    def _passes(self, plan: EpochPlan, update: int) -> int:
+        if self._spec.cluster.parallel is Parallel.data:
+            return 0
+        has_rows_GL = plan.rows_GL[plan.rounds_of(update)] > 0
+        return max(int(has_rows_GL[:, rank :: self._world.size].sum()) for rank in range(self._world.size))
 
     def _micros(self, plan: EpochPlan, places: list[tuple[int, int]], epoch: int, lease: Lease | None) -> list[Micro]:
         whole = [place for place in places if plan.pieces(place[0]) == 1]

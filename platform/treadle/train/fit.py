@@ -2,162 +2,110 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
-
-from treadle import wire
-from treadle.data import Form
 from treadle.errors import DivergenceError
-from treadle.nn import Network, PieceReader, train_in_chunks
-from treadle.spec import JobSpec
-from treadle.track import Tracker
-from treadle.train.evaluate import Evaluation, Evaluator
-from treadle.train.feed import Feed, Micro, Update
-from treadle.train.optim import learning_rate
-from treadle.train.precision import PrecisionChoice
-from treadle.train.state import TrainState, snapshot
-from treadle.train.task import Task, run_network
-from treadle.train.world import World
+from treadle.spec import JobSpec, Keep, Parallel
+from treadle.train.backward import by_rows, counted, go_back, seed_dropout, summed_loss
+from treadle.train.feed import Update
+from treadle.train.gradients import GradientSum, summing
+from treadle.train.guard import Verdict
+from treadle.train.meters import Course, Meters
+from treadle.train.optim import rate_scale
+from treadle.train.replicas import check_replicas
+from treadle.train.run import Checkpointer, Control, NoPulse, Outcome, Pulse, Reached, Restorer, Run
+from treadle.train.sharding import gathered, is_sharded
+from treadle.train.split import Splitter
+from treadle.train.state import TrainState, live
+from treadle.train.watch import check_watched, headline
 
-__all__ = ["Checkpointer", "Control", "Outcome", "Run", "fit"]
+__all__ = [
+    "Checkpointer",
+    "Control",
+    "NoPulse",
+    "Outcome",
+    "Pulse",
+    "Reached",
+    "Restorer",
+    "Run",
+    "by_rows",
+    "fit",
+    "go_back",
+    "progress",
+    "seed_dropout",
+]
 
-
-class Checkpointer(Protocol):
-    """Writes states; only rank 0's does."""
-
-    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Take over owned copies and commit them in the background."""
-        ...
-
-    def wait(self) -> None:
-        """Return when everything saved is committed; raise what a commit raised."""
-        ...
-
-    def is_due(self, state: TrainState) -> bool:
-        """Whether to save after the update that `state` is about to take."""
-        ...
-
-
-class Control(Protocol):
-    """What people ask of a running job; only rank 0 looks."""
-
-    def wants_stop(self) -> bool: ...
-    def wants_checkpoint(self) -> bool: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything a rank needs, built by `treadle.launch.worker`.
-
-    Args:
-        start: the state to go on from. log_every_s: least time between two rows of metrics.
-    """
-
-    spec: JobSpec
-    world: World
-    task: Task
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    precision: PrecisionChoice
-    feed: Feed
-    valid: Evaluator
-    test: Evaluator
-    checkpoints: Checkpointer
-    control: Control
-    track: Tracker
-    start: TrainState
-    log_every_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a run ended: "finished" with a test evaluation, or "stopped" without."""
-
-    status: str
-    state: TrainState
-    test: Evaluation | None = None
+NUM_ROWS_TOLD = 64
+"""Most row numbers in an event."""
 
 
 def fit(run: Run) -> Outcome:
-    """Train to the last epoch, or to the update at which all ranks agree to stop.
+    """Train to the last epoch, until evaluations get no better, or to the update at which all ranks agree to stop.
 
-    Every decision that depends on time or on people is rank 0's and travels with the gradients, so
-    that all ranks take it at the same update. They meet nowhere else.
+    Every decision that depends on time or on people is rank 0's and travels with the gradients; all others follow from
+    numbers that are the same on all ranks. So all of them take it at the same update.
 
     Raises:
-        DivergenceError: the gradient norm is not finite; no state after it has been saved.
+        DivergenceError: training leaves its course again and again; what was saved is of before.
+        InfeasibleError: a single row does not fit into memory. IntegrityError: the ranks' weights are not the same.
+        ConfigError: what goes by evaluations has no rows for them.
     """
-    state, meters = run.start, Meters(run)
-    for update in meters.waiting(run.feed.starting_at(state.epoch, state.index)):
-        count = run.task.normaliser(frames=update.weighted_frames, rows=update.weighted_rows)
-        run.network.train()
-        for micros in by_rows(update.micros):
-            seed_dropout(run, state, micros[0])
-            # A sum over one count of all ranks: neither padding nor the split into batches can bias it.
-            meters.add_loss(go_back(run, micros, count))
-        stop, save, log = run.world.sum_gradients(run.network, _signals(run, state, meters))
-        norm = clip_gradients(run)
-        rate = learning_rate(run.spec.optim, progress(run.spec, update))
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        state = state.advanced(update.frames, is_last_of_epoch=update.is_last_of_epoch)
-        meters.add_update(update, count=count, norm=norm)
+    check_watched(run.spec.train, run.spec.optim, num_valid=len(run.valid))
+    with summing(run.world, run.network) as gradients:
+        return _trained(run, gradients)
+
+
+def _trained(run: Run, gradients: GradientSum) -> Outcome:
+    state, meters, course, splitter = run.start, Meters(run), Course(run.feed, run.start), Splitter()
+    scale = rate_scale(run.spec.optim, run.feed.mean_rows)
+    if _owes_evaluation(run, state):  # the loop was left between an update and its evaluation
+        state = _evaluated(run, state, meters)
+    for update in meters.waiting(course):
+        if state.watch.is_over(run.spec.train):
+            break
+        count = counted(run, update)
+        if not run.network.training:  # a walk over all modules
+            run.network.train()
+        loss = summed_loss(run, state, update, count, gradients=gradients, splitter=splitter)
+        stop, save, log = gradients.finish(_signals(run, state, meters))
+        if _is_off_course(run, state, run.updater.judge()):  # of the update before: the device need not be waited for
+            state = course.go_to(_rolled_back(run, state, meters))
+            continue  # a stop is asked for again, and a checkpoint would hold what was just put back
+        run.checkpoints.join()
+        rate = scale * run.updater.rate(progress(run.spec, update), cuts=state.watch.cuts)
+        moved = run.updater.move(rate)
+        verdict = run.updater.settle() if update.is_last_of_epoch else None
+        state = state.advanced(update.frames, run.updater.state, is_last_of_epoch=update.is_last_of_epoch)
+        run.reached.at(state)
+        if _is_off_course(run, state, verdict) or (update.is_last_of_epoch and not _is_finite(run)):
+            state = course.go_to(_rolled_back(run, state, meters))
+            continue
+        meters.add(update, loss=loss, count=count, moved=moved)
+        _check_replicas(run, state)
         if log or stop or update.is_last_of_epoch:
             meters.log(state, update, rate)
-        if update.is_last_of_epoch and _evaluation_due(run, state):
-            meters.log_evaluation(state, run.valid(run.network, run.precision))
-        if save or stop:
-            _save(run, state, meters)
+        if _owes_evaluation(run, state):
+            state = _evaluated(run, state, meters)
+        if stop or _is_to_be_kept(run, state) or (save and not state.updater.guard.streak):
+            _save(run, state)
         if stop:
             run.checkpoints.wait()
-            return Outcome(status="stopped", state=state)
-    _save(run, state, meters)
+            return Outcome(status="stopped", why="asked", state=state)
+    run.reached.pulse.enter("ending")
+    _save(run, state)
+    _put_model_in(run, state)
     test = run.test(run.network, run.precision) if len(run.test) else None
     if test is not None:
         run.track.log(state.update, {f"test/{name}": value for name, value in test.metrics.items()})
     run.checkpoints.wait()
-    return Outcome(status="finished", state=state, test=test)
+    why = "early" if state.watch.is_over(run.spec.train) else "epochs"
+    return Outcome(status="finished", why=why, state=state, test=test)
 
 
-def by_rows(micros: Sequence[Micro]) -> list[tuple[Micro, ...]]:
-    """Microbatches, those that are pieces of the same rows together."""
-    groups = itertools.groupby(micros, key=lambda micro: (micro.number, micro.lane))
-    return [tuple(group) for _, group in groups]
-
-
-def go_back(run: Run, micros: Sequence[Micro], count: float) -> Tensor:
-    """Add the gradients of a microbatch, or of the row that several are the pieces of; give its summed loss.
-
-    Pieces give the gradients of the whole row in the memory of one (tests/unit/train/test_long_rows.py).
-    """
-    last = micros[-1].batch
-    if len(micros) == 1:
-        with run.precision.autocast():
-            loss = run.task.loss_sum(run_network(run.network, last, run.world.device), last)
-        (loss / count).backward()
-        return loss.detach()
-    assert isinstance(run.network, Network)
-    reader = PieceReader(network=run.network)
-
-    def piece(index: int, before: Any) -> tuple[Tensor | None, Any]:
-        batch = micros[index].batch
-        x = torch.from_numpy(batch.inputs).to(run.world.device)
-        x_1TD = x[None] if batch.form is Form.packed else x  # a row too long to be read at once is alone
-        with run.precision.autocast():
-            after = reader.read(x_1TD, torch.from_numpy(batch.lengths_B), before)
-            loss = None if batch is not last else run.task.loss_sum(reader.logits(after), last) / count
-        return loss, after
-
-    return train_in_chunks(piece, len(micros)).loss_sum * count
+def progress(spec: JobSpec, update: Update) -> float:
+    """Share of the run behind the end of this update, 0 to 1."""
+    return min(1.0, (update.epoch + (update.index + 1) / update.num_updates) / spec.train.epochs)
 
 
 def _signals(run: Run, state: TrainState, meters: Meters) -> tuple[float, float, float]:
@@ -168,121 +116,120 @@ def _signals(run: Run, state: TrainState, meters: Meters) -> tuple[float, float,
     return float(run.control.wants_stop()), float(save), float(meters.is_due)
 
 
-def _evaluation_due(run: Run, state: TrainState) -> bool:
-    due = state.epoch % run.spec.train.evaluate_every == 0 or state.epoch == run.spec.train.epochs
-    return bool(len(run.valid)) and due
-
-
-def _save(run: Run, state: TrainState, meters: Meters) -> None:
-    meters.check_finite(state)
+def _is_off_course(run: Run, state: TrainState, verdict: Verdict | None) -> bool:
+    """Tell of the update that led to `state` if it was refused; whether it was one too many in a row."""
+    if verdict is None or not verdict.is_fault:
+        return False
     if run.world.rank == 0:
-        started = time.monotonic()
-        run.checkpoints.save(state, snapshot(run.network, run.optimizer))
+        rows = run.feed.rows_before(state.epoch, state.index)
+        run.track.event(
+            "skipped",
+            level="warning",
+            update=state.update,
+            reason=verdict.reason,
+            grad_norm=verdict.norm,
+            limit=verdict.limit,
+            num_rows=len(rows),
+            rows=rows[:NUM_ROWS_TOLD],
+        )
+    return run.updater.state.guard.streak >= run.spec.guard.roll_back_after
+
+
+def _is_finite(run: Run) -> bool:
+    """Whether the weights of all ranks are."""
+    return run.world.sum([float(not run.updater.is_finite())])[0] == 0
+
+
+def _rolled_back(run: Run, state: TrainState, meters: Meters) -> TrainState:
+    """The newest saved state, put back, to go on from with a lower rate.
+
+    Raises:
+        DivergenceError: that was done `max_roll_backs` times already.
+    """
+    before = run.updater.state
+    if before.roll_backs >= run.spec.guard.max_roll_backs:
+        rows = run.feed.rows_before(state.epoch, state.index)
+        raise DivergenceError(
+            f"training diverged at update {state.update}, again after {before.roll_backs} roll-backs: "
+            f"{before.guard.streak} updates in a row with a gradient that is not finite or far too large",
+            hint="a new run with a smaller optim.lr, a longer optim.warmup_share, optim.clip_norm=1 or precision=fp32; "
+            f"look at the latest update's rows of the data set: {', '.join(map(str, rows[:8]))} ...",
+            update=state.update,
+            rows=rows[:NUM_ROWS_TOLD],
+        )
+    run.network.zero_grad(set_to_none=True)
+    run.checkpoints.join()
+    back = run.restore.newest()
+    run.updater.roll_back(before)
+    back = replace(back, updater=run.updater.state, inputs=state.inputs)
+    run.reached.at(back)
+    meters.restart()
+    factor = run.updater.state.rate_factor
+    run.track.event(
+        "rolled_back",
+        level="alert",
+        update=state.update,
+        to=back.update,
+        rate_factor=factor,
+        times=before.roll_backs + 1,
+    )
+    return back
+
+
+def _check_replicas(run: Run, state: TrainState) -> None:
+    every = run.spec.train.check_replicas_every
+    if every and state.update % every == 0 and run.spec.cluster.parallel is Parallel.data:
+        check_replicas(run.world, run.network, update=state.update, last_update=state.update - every)
+
+
+def _owes_evaluation(run: Run, state: TrainState) -> bool:
+    """Whether an epoch has ended that is to be evaluated and was not yet."""
+    if state.index or not state.epoch or state.evaluated == state.update or not len(run.valid):
+        return False
+    return state.epoch % run.spec.train.evaluate_every == 0 or state.epoch == run.spec.train.epochs
+
+
+def _evaluated(run: Run, state: TrainState, meters: Meters) -> TrainState:
+    run.reached.pulse.enter("evaluating")
+    if run.updater.average is not None:
+        run.checkpoints.join()  # the mean's weights take the place of those that may be being copied
+    with run.updater.averaged():
+        evaluation = run.valid(run.network, run.precision)
+    meters.log_evaluation(state, evaluation)
+    watch = state.watch.after(headline(evaluation.metrics, run.spec), state.update, spec=run.spec)
+    if watch.cuts > state.watch.cuts:
+        run.track.event("rate_cut", update=state.update, cuts=watch.cuts, factor=run.spec.optim.plateau_factor)
+    state = replace(state, evaluated=state.update, watch=watch)
+    run.reached.at(state)
+    run.reached.pulse.enter("training")
+    return state
+
+
+def _is_to_be_kept(run: Run, state: TrainState) -> bool:
+    return run.spec.train.keep is Keep.best and state.is_best
+
+
+def _save(run: Run, state: TrainState) -> None:
+    started = time.monotonic()
+    carried = run.carry.tensors(at=(state.epoch, state.index))  # of all ranks
+    files = {**live(run.network, run.optimizer), **run.updater.tensors(), **carried}
+    if is_sharded(run.network):
+        files = gathered(files, keep=run.world.rank == 0)
+    if run.world.rank == 0:
+        run.checkpoints.save(state, files, best=_is_to_be_kept(run, state))
         run.track.log(state.update, {"ckpt/update": state.update, "ckpt/save_s": time.monotonic() - started})
 
 
-def seed_dropout(run: Run, state: TrainState, micro: Micro) -> None:
-    """Key the dropout of a microbatch by its place in the plan, never by rank: any world draws the same."""
-    key = int(wire.digest([run.spec.train.seed, state.update, micro.number, micro.lane])[:15], 16)
-    if run.world.device.type == "cpu":
-        # Not torch.manual_seed: without CUDA it formats a stack trace for a later CUDA, 0.2 ms a call.
-        torch.default_generator.manual_seed(key)
-    else:
-        torch.manual_seed(key)
-
-
-def clip_gradients(run: Run) -> Tensor:
-    """Scale the gradients to `clip_norm` at most; return the norm they had, on the device."""
-    parameters = list(run.network.parameters())
-    if run.spec.optim.clip_norm is None:
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return torch.nn.utils.clip_grad_norm_(parameters, run.spec.optim.clip_norm)
-
-
-def progress(spec: JobSpec, update: Update) -> float:
-    """Share of the run behind the end of this update, 0 to 1."""
-    return min(1.0, (update.epoch + (update.index + 1) / update.num_updates) / spec.train.epochs)
-
-
-class Meters:
-    """Sums between two rows of metrics. Losses and norms stay on the device until a row is due."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._reset()
-
-    def waiting(self, updates: Iterator[Update]) -> Iterator[Update]:
-        """`updates`, with the time spent waiting for each added up; closes the reading thread at the end."""
-        try:
-            while True:
-                started = time.monotonic()
-                update = next(updates, None)
-                if update is None:
-                    return
-                self._wait_s += time.monotonic() - started
-                yield update
-        finally:
-            getattr(updates, "close", lambda: None)()
-
-    @property
-    def is_due(self) -> bool:
-        return time.monotonic() - self._since >= self._run.log_every_s
-
-    def add_loss(self, loss: Tensor) -> None:
-        self._loss = self._loss + loss.double()
-
-    def add_update(self, update: Update, *, count: float, norm: Tensor) -> None:
-        self._updates += 1
-        self._count += count
-        self._frames += update.frames
-        self._rows += update.rows
-        self._slots += sum(micro.batch.slots for micro in update.micros)
-        self._norms = self._norms + norm
-        self._last_norm = norm
-
-    def check_finite(self, state: TrainState) -> None:
-        """Stop before a state that left the finite numbers is kept.
-
-        The norm is of gradients summed over all ranks, so that all of them come to the same verdict.
-
-        Raises:
-            DivergenceError: a gradient norm since the last row was not finite.
-        """
-        if not math.isfinite(self._norms):
-            raise DivergenceError(
-                f"training diverged by update {state.update}: the gradient norm is not finite",
-                hint="a new run with a smaller optim.lr, or with optim.clip_norm; resuming this one gives the same",
-                update=state.update,
-            )
-
-    def log(self, state: TrainState, update: Update, rate: float) -> None:
-        """Write the row since the last one; the only point where the host waits for the device."""
-        self.check_finite(state)
-        elapsed = max(1e-9, time.monotonic() - self._since)
-        loss, slots = self._run.world.sum([float(self._loss), float(self._slots)])
-        metrics: dict[str, Any] = {
-            "trainer/update": state.update,
-            "trainer/epoch": update.epoch + (update.index + 1) / update.num_updates,
-            "trainer/frames_seen": state.frames_seen,
-            "train/loss": loss / self._count,
-            "train/lr": rate,
-            "train/grad_norm": float(self._last_norm),
-            "perf/frames_per_s": self._frames / elapsed,
-            "perf/rows_per_s": self._rows / elapsed,
-            "perf/update_ms": 1000 * elapsed / self._updates,
-            "perf/data_wait_share": min(1.0, self._wait_s / elapsed),
-            "data/fill": self._frames / slots,
-        }
-        self._run.track.log(state.update, metrics)
-        self._reset()
-
-    def log_evaluation(self, state: TrainState, evaluation: Evaluation) -> None:
-        self._run.track.log(state.update, {f"val/{name}": value for name, value in evaluation.metrics.items()})
-        self._since = time.monotonic()  # the evaluation's time is not the training's
-
-    def _reset(self) -> None:
-        self._since = time.monotonic()
-        self._loss: Tensor | float = 0.0
-        self._updates, self._count, self._frames, self._rows, self._slots = 0, 0.0, 0, 0, 0
-        self._wait_s = 0.0
-        self._norms: Tensor | float = 0.0
+def _put_model_in(run: Run, state: TrainState) -> None:
+    """Give the network the weights that become the model: the last or the best ones, or their mean."""
+    if state.watch.is_over(run.spec.train):
+        run.track.event("ended_early", update=state.update, best=state.watch.best, best_update=state.watch.best_update)
+    run.checkpoints.join()
+    if run.spec.train.keep is Keep.best and not state.is_best:
+        best = run.restore.best()
+        if best is None:
+            run.track.event("best_missing", level="warning", update=state.update, best_update=state.watch.best_update)
+        else:
+            run.track.event("best_restored", update=best.update, best=best.watch.best)
+    if run.updater.average is not None:
+        run.updater.average.keep()

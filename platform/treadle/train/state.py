@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,12 @@ from torch import Tensor, nn
 from treadle import wire
 from treadle.errors import IntegrityError
 from treadle.plan import PlanInputs, Position, check_position
+from treadle.train.sharding import placed
+from treadle.train.tensors import read_tensors
+from treadle.train.updater import UpdaterState
+from treadle.train.watch import Watch
 
-__all__ = ["TrainState", "load_weights", "pack", "snapshot", "unpack"]
+__all__ = ["TrainState", "live", "load_weights", "pack", "snapshot", "unpack"]
 
 MODEL_FILE = "model.safetensors"
 OPTIM_FILE = "optim.safetensors"
@@ -26,9 +29,11 @@ class TrainState:
     """Where a run stands.
 
     Args:
-        update: optimizer steps taken. epoch, index: the position of the next update.
+        update: updates so far, refused ones included. epoch, index: the position of the next update.
         frames_seen: real time steps trained on.
         precision: the format in use, so that a resumed run keeps it.
+        evaluated: the update at which the validation rows were last looked at.
+        updater: what the updater remembers beside its tensors. watch: what evaluations have said so far.
         inputs: what decided the batches, so that a resumed run goes on with the same; None in checkpoints that were
             written before it was kept.
     """
@@ -38,7 +43,15 @@ class TrainState:
     index: int = 0
     frames_seen: int = 0
     precision: str = ""
+    evaluated: int = 0
+    updater: UpdaterState = field(default_factory=UpdaterState)
+    watch: Watch = field(default_factory=Watch)
     inputs: PlanInputs | None = None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether these weights are the best that were evaluated."""
+        return self.evaluated == self.update and self.watch.is_best_at(self.update)
 
     def check(self, inputs: PlanInputs) -> None:
         """Nothing, where the batches that `inputs` make are those of this state, or it does not say of which it is.
@@ -49,10 +62,17 @@ class TrainState:
         if self.inputs is not None:
             check_position(Position(epoch=self.epoch, update=self.index, inputs=self.inputs), inputs)
 
-    def advanced(self, frames: int, *, is_last_of_epoch: bool) -> TrainState:
-        """The state after one more update."""
+    def advanced(self, frames: int, updater: UpdaterState, *, is_last_of_epoch: bool) -> TrainState:
+        """The state after one more update of so many frames, which left the updater as it is."""
         epoch, index = (self.epoch + 1, 0) if is_last_of_epoch else (self.epoch, self.index + 1)
-        return replace(self, update=self.update + 1, epoch=epoch, index=index, frames_seen=self.frames_seen + frames)
+        return replace(
+            self,
+            update=self.update + 1,
+            epoch=epoch,
+            index=index,
+            frames_seen=self.frames_seen + frames,
+            updater=updater,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return wire.encode(self)
@@ -67,21 +87,25 @@ class TrainState:
         return wire.decode(cls, value, where=where)
 
 
-def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Owned CPU copies of everything that moves, by file and name; the loop may go on changing the originals."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=True).contiguous()
-
+def live(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The tensors that an update moves, by file and name; they are not copies."""
     names = {id(p): name for name, p in network.named_parameters()}
     moments = {
-        f"{names[id(p)]}/{key}": copy(value)
+        f"{names[id(p)]}/{key}": value
         for group in optimizer.param_groups
         for p in group["params"]
         for key, value in optimizer.state.get(p, {}).items()
         if isinstance(value, Tensor)
     }
-    return {MODEL_FILE: {name: copy(t) for name, t in network.state_dict().items()}, OPTIM_FILE: moments}
+    return {MODEL_FILE: {name: t.detach() for name, t in network.state_dict().items()}, OPTIM_FILE: moments}
+
+
+def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Owned CPU copies of `live`; the loop may go on changing the originals."""
+    return {
+        file: {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        for file, tensors in live(network, optimizer).items()
+    }
 
 
 def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, bytes]:
@@ -107,14 +131,14 @@ def _moments(data: bytes, network: nn.Module) -> dict[str, dict[str, Tensor]]:
     """What the optimizer keeps of each parameter: of all of them the same, or of none before the first update."""
     parameters = dict(network.named_parameters())
     moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in _tensors(data, OPTIM_FILE).items():
+    for key, value in read_tensors(data, where=OPTIM_FILE).items():
         name, _, kind = key.rpartition("/")
         p = parameters.get(name)
         if p is None:
             raise IntegrityError(f"{OPTIM_FILE}: got {key}, expected parameters of this network")
         if value.ndim and value.shape != p.shape:  # AdamW's count of steps is a scalar
             raise IntegrityError(f"{OPTIM_FILE}: {key}: got shape {tuple(value.shape)}, expected {tuple(p.shape)}")
-        moments.setdefault(name, {})[kind] = value.to(p.device)  # the count too: the optimizers are fused
+        moments.setdefault(name, {})[kind] = placed(value, p)  # the count too: the optimizers are fused
     if moments and len({frozenset(moments.get(name, {})) for name in parameters}) > 1:
         raise IntegrityError(f"{OPTIM_FILE}: some parameters lack moments that others have")
     return moments
@@ -126,7 +150,7 @@ def load_weights(network: nn.Module, data: bytes, *, where: str) -> None:
     Raises:
         IntegrityError: otherwise, or `data` is not safetensors.
     """
-    found, wanted = _tensors(data, where), network.state_dict()
+    found, wanted = read_tensors(data, where=where), network.state_dict()
     problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
     problems += [f"unknown {name}" for name in sorted(found.keys() - wanted.keys())]
     problems += [
@@ -136,11 +160,4 @@ def load_weights(network: nn.Module, data: bytes, *, where: str) -> None:
     ]
     if problems:
         raise IntegrityError(f"{where}: weights of another network: {'; '.join(problems[:5])}")
-    network.load_state_dict(found)
-
-
-def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise IntegrityError(f"{where}: not readable as safetensors ({error})") from None
+    network.load_state_dict({name: placed(part, wanted[name]) for name, part in found.items()})

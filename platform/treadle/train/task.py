@@ -1,14 +1,11 @@
-"""What a network learns: the loss of a batch, its answers, and how right they are.
+"""What a network learns of whole rows, and which task a job asks for.
 
 Shape letters: B rows, T time steps, K label classes, U labels.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,111 +15,11 @@ from torch import Tensor, nn
 from treadle.data import Batch, Form
 from treadle.nn import classify_loss_sum, ctc_greedy, ctc_loss_sum
 from treadle.plan import SplitCard
-from treadle.spec import ClassifySpec, ClassWeights, CtcSpec, TaskSpec
-from treadle.train.align import align
+from treadle.spec import ClassifySpec, ClassWeights, CtcSpec, LanguageSpec, TagSpec, TaskSpec
+from treadle.train.frame_tasks import LanguageTask, TagTask
+from treadle.train.scores import Answer, Score, Scores, Task
 
-__all__ = ["Answer", "Task", "build_task", "class_weights", "run_network"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a network says of one row: label ids, and how sure it is (0 to 1)."""
-
-    labels: tuple[int, ...]
-    confidence: float
-
-
-class Task(ABC):
-    """One kind of target. Sums go in and out, so that ranks and batches of any size add up.
-
-    Args:
-        num_labels: labels (classes) of the data set.
-    """
-
-    has_alternatives: ClassVar[bool]
-    """Whether a question may have several right answers, each written as a row of its own, such as the pronunciations
-    of a word. A class that is another in another row of the same inputs is a contradiction instead."""
-
-    def __init__(self, num_labels: int) -> None:
-        self.num_labels = num_labels
-
-    @abstractmethod
-    def normaliser(self, *, frames: float, rows: float) -> float:
-        """What the summed loss of so many time steps in so many rows is divided by: label frames, or rows.
-
-        Args:
-            frames, rows: counted by the weights of the rows, so that what is left is a weighted mean.
-        """
-
-    @abstractmethod
-    def count(self, batch: Batch) -> float:
-        """The normaliser of what `loss_sum` adds up of `batch`."""
-
-    @abstractmethod
-    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The loss of each row times what it counts, summed; rows whose target has no alignment add nothing."""
-
-    def row_weights(self, weights_B: NDArray[np.float32], labels_B: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What each row counts in the loss.
-
-        Args:
-            weights_B: of the data set. labels_B: of each row, where there is one per row, else anything.
-        """
-        del labels_B
-        return weights_B.astype(np.float64)
-
-    @abstractmethod
-    def answers(self, logits: Tensor, lengths_B: Tensor) -> list[Answer]:
-        """The most likely labels of each row."""
-
-    @abstractmethod
-    def metrics(self, totals: Scores) -> dict[str, float]:
-        """The evaluation's numbers, headline first, out of summed scores."""
-
-    def score(self, answer: Answer, references: Sequence[tuple[int, ...]]) -> Score:
-        """How far `answer` is from the nearest of the accepted references."""
-        found = [Score(pairs=tuple(align(reference, answer.labels))) for reference in references]
-        return min(found, key=lambda s: s.edits)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One answer aligned with its reference: (label or None, answered label or None) pairs."""
-
-    pairs: tuple[tuple[int | None, int | None], ...]
-
-    @property
-    def edits(self) -> int:
-        return sum(want != got for want, got in self.pairs)
-
-
-class Scores:
-    """Alignments summed over rows as one matrix, so that ranks add theirs up.
-
-    `counts[want, got]`; the last row and column stand for "nothing": insertions and deletions.
-    """
-
-    def __init__(self, num_labels: int) -> None:
-        self.counts = torch.zeros(num_labels + 1, num_labels + 1, dtype=torch.float64)
-        self.rows = 0.0
-        self.wrong_rows = 0.0
-        self.loss_sum = 0.0
-        self.loss_count = 0.0
-
-    def add(self, score: Score) -> None:
-        nothing = len(self.counts) - 1
-        for want, got in score.pairs:
-            self.counts[nothing if want is None else want, nothing if got is None else got] += 1
-        self.rows += 1
-        self.wrong_rows += score.edits > 0
-
-    @property
-    def references(self) -> float:
-        return float(self.counts[:-1].sum())
-
-    @property
-    def edits(self) -> float:
-        return float(self.counts.sum() - self.counts.diagonal().sum())
+__all__ = ["Answer", "Score", "Scores", "Task", "build_task", "class_weights", "run_network"]
 
 
 class CtcTask(Task):
@@ -214,16 +111,15 @@ class ClassifyTask(Task):
         return [Answer(labels=(label,), confidence=confidence) for label, confidence in pairs]
 
     def metrics(self, totals: Scores) -> dict[str, float]:
-        counts = totals.counts[:-1, :-1]
-        right, wanted, given = counts.diagonal(), counts.sum(1), counts.sum(0)
-        f1 = 2 * right / (wanted + given).clamp(min=1)
-        return {
-            "accuracy": (totals.rows - totals.wrong_rows) / totals.rows,
-            "macro_f1": float(f1[wanted > 0].mean()),
-        }
+        return {"accuracy": (totals.rows - totals.wrong_rows) / totals.rows, "macro_f1": totals.macro_f1}
 
 
-_TASKS: dict[type[TaskSpec], Any] = {CtcSpec: CtcTask, ClassifySpec: ClassifyTask}
+_TASKS: dict[type[TaskSpec], Any] = {
+    CtcSpec: CtcTask,
+    ClassifySpec: ClassifyTask,
+    LanguageSpec: LanguageTask,
+    TagSpec: TagTask,
+}
 
 
 def build_task(spec: TaskSpec, num_labels: int, class_weights_K: NDArray[np.float64] | None = None) -> Task:

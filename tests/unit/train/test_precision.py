@@ -8,8 +8,19 @@ from torch import Tensor, nn
 from train_rig import Toy, frames_draft, toy_spec
 
 from treadle.errors import ConfigError, DivergenceError
-from treadle.spec import ClassifySpec, Precision, RnnSpec, SplitSpec
+from treadle.spec import (
+    ClassifySpec,
+    GruSpec,
+    LstmSpec,
+    MinGruSpec,
+    MinLstmSpec,
+    Precision,
+    RnnSpec,
+    SplitSpec,
+)
 from treadle.train import World, choose_precision
+
+CELLS = [kind(hidden_size=6, embedding_size=5) for kind in (RnnSpec, GruSpec, LstmSpec, MinGruSpec, MinLstmSpec)]
 
 
 class NoBf16(nn.Module):
@@ -60,6 +71,44 @@ def test_bf16_as_asked(toy):
     choice = choose(toy, Precision.bf16)
     assert (choice.name, choice.why) == ("bf16", "as asked")
     assert set(choice.probe_ms) == {"bf16"}
+
+
+@pytest.mark.parametrize("model", CELLS, ids=[cell.kind for cell in CELLS])
+def test_fp16_as_asked(model):
+    choice = choose(Toy(toy_spec(model=model)), Precision.fp16)
+    assert (choice.name, choice.why, choice.is_scaled) == ("fp16", "as asked", True)
+    assert set(choice.probe_ms) == {"fp16"}
+    with choice.autocast():
+        assert torch.get_autocast_dtype("cpu") is torch.float16
+
+
+class Loud(nn.Module):
+    """A network whose gradients in fp16 are finite for a small scale of the loss only, or for none."""
+
+    def __init__(self, inner: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.inner = inner
+        self.factor = factor
+
+    def forward(self, x: Tensor, lengths_B: Tensor) -> Tensor:
+        logits = self.inner(x, lengths_B)
+        return (logits / self.factor * self.factor) if torch.is_autocast_enabled("cpu") else logits
+
+
+@pytest.mark.parametrize(("factor", "is_sound"), [(1.0, True), (4096.0, True), (3e38, False)])
+def test_fp16_is_probed_with_a_scale_that_has_room(toy, factor, is_sound):
+    network = Loud(toy.network(), factor)
+    if is_sound:
+        assert choose(toy, Precision.fp16, network).name == "fp16"
+        return
+    with pytest.raises(ConfigError, match="got fp16, but fp16 fails here: gradients are not finite"):
+        choose(toy, Precision.fp16, network)
+
+
+def test_fp16_that_fails_says_why(toy):
+    with pytest.raises(ConfigError, match="got fp16, but fp16 fails here: not implemented") as refused:
+        choose(toy, Precision.fp16, NoBf16(toy.network()))
+    assert refused.value.hint == "precision=auto or precision=fp32"
 
 
 def test_auto_says_what_it_measured(toy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -44,11 +45,18 @@ def rows_of_updates(ranks):
     return [sorted(row for micros in update for rows in micros for row in rows) for update in updates]
 
 
+def place(rank):
+    """Where a run ended, without numbers that the order of additions changes in their last digits."""
+    state = copy.deepcopy(rank["trajectory"]["state"])
+    del state["updater"]["guard"]["log_mean"], state["watch"]["best"]
+    return state
+
+
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_every_world_sees_the_same_rows_in_each_update(seen, size):
     worlds, _ = seen
     assert rows_of_updates(worlds[size]) == rows_of_updates(worlds[1])
-    assert worlds[size][0]["trajectory"]["state"] == worlds[1][0]["trajectory"]["state"]
+    assert place(worlds[size][0]) == place(worlds[1][0])
 
 
 def test_the_scene_has_unequal_shares_and_ranks_without_rows(seen):
@@ -131,13 +139,14 @@ def test_all_ranks_stop_together_and_resume_to_the_same_bits(seen, size, optim):
         assert found["kept"] == (4 if number == 0 else 0)
 
 
-def test_all_ranks_diverge_together_before_anything_is_saved(seen):
+def test_all_ranks_diverge_together_and_save_nothing_after(seen):
     worlds, _ = seen
     alone = worlds[1][0]["diverging"]
     assert alone["update"] is not None
     for number, rank in enumerate(worlds[3]):
         assert rank["diverging"]["update"] == alone["update"]
-        assert rank["diverging"]["kept"] == ([] if number else list(range(1, alone["update"])))
+        assert rank["diverging"]["kept"] == ([] if number else alone["kept"])
+    assert max(alone["kept"]) < alone["update"]
 
 
 def test_ranks_decide_alike(seen):

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from train_rig import ADAMW, SGD, Toy, toy_spec, weights
 
 from treadle.errors import IntegrityError
-from treadle.spec import GruSpec, SgdSpec
+from treadle.spec import GruSpec, RmsPropSpec, SgdSpec
 from treadle.train import TrainState, build_optimizer, load_weights, pack, unpack
+from treadle.train.guard import GuardState
 from treadle.train.state import MODEL_FILE, OPTIM_FILE, snapshot
+from treadle.train.updater import UpdaterState
+from treadle.train.watch import Watch
 
 
 def stepped(optim, steps=2, **changes):
@@ -35,11 +38,26 @@ def test_a_state_survives_json(state):
 
 def test_a_state_advances_within_and_over_epochs():
     state = TrainState(update=4, epoch=1, index=2, frames_seen=10, precision="fp32")
-    assert state.advanced(5, is_last_of_epoch=False) == TrainState(
-        update=5, epoch=1, index=3, frames_seen=15, precision="fp32"
+    updater = UpdaterState(rate_factor=0.5, roll_backs=1, guard=GuardState(log_mean=-1.5, accepted=4, skipped=1))
+    assert state.advanced(5, updater, is_last_of_epoch=False) == TrainState(
+        update=5, epoch=1, index=3, frames_seen=15, precision="fp32", updater=updater
     )
-    after = state.advanced(5, is_last_of_epoch=True)
+    after = state.advanced(5, updater, is_last_of_epoch=True)
     assert (after.epoch, after.index) == (2, 0)
+    assert TrainState.from_json(json.loads(json.dumps(after.to_json())), where="x") == after
+
+
+def test_a_state_of_an_older_version_is_read():
+    old = {"update": 4, "epoch": 1, "index": 2, "frames_seen": 10, "precision": "fp32", "evaluated": 2}
+    assert TrainState.from_json(old, where="x") == TrainState(**old)
+
+
+def test_a_state_says_whether_it_is_the_best():
+    watch = Watch(best=0.5, best_update=4)
+    assert TrainState(update=4, evaluated=4, watch=watch).is_best
+    assert not TrainState(update=5, evaluated=4, watch=watch).is_best  # moved on since
+    assert not TrainState(update=5, evaluated=5, watch=watch).is_best
+    assert not TrainState().is_best
 
 
 @pytest.mark.parametrize("value", [{"update": 1, "step": 2}, {"update": "1"}, {"update": 1.5}, {"update": True}, []])
@@ -48,7 +66,11 @@ def test_a_state_of_another_form_is_refused(value):
         TrainState.from_json(value, where="there")
 
 
-@pytest.mark.parametrize("optim", [ADAMW, SGD, SgdSpec(momentum=0.0)], ids=["adamw", "sgd", "plain"])
+@pytest.mark.parametrize(
+    "optim",
+    [ADAMW, SGD, SgdSpec(momentum=0.0), RmsPropSpec(), RmsPropSpec(momentum=0.5)],
+    ids=["adamw", "sgd", "plain", "rmsprop", "rmsprop-momentum"],
+)
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_everything_comes_back(optim, steps):
     toy, network, optimizer = stepped(optim, steps)

@@ -1,4 +1,4 @@
-"""Worlds of one to four real processes: `python train_ranks.py FOLDER` leaves what every rank saw there.
+"""Worlds of one to four real processes: `python train_ranks.py FOLDER [SCENE ...]` leaves what every rank saw there.
 
 One process imports torch and forks the ranks; for each world size the first ranks join a gloo group.
 """
@@ -16,16 +16,35 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from train_rig import ADAMW, SGD, Toy, toy_draft, toy_spec, weights
 
 from treadle.errors import DivergenceError
-from treadle.spec import BatchSpec, ClassifySpec, Precision, SplitSpec, TrainSpec
-from treadle.train import World, choose_precision, fit
+from treadle.nn import recompute_layers
+from treadle.spec import (
+    BatchSpec,
+    ClassifySpec,
+    ClusterSpec,
+    CtcSpec,
+    GruSpec,
+    LanguageSpec,
+    LstmSpec,
+    MinGruSpec,
+    MinLstmSpec,
+    Parallel,
+    Pooling,
+    Precision,
+    RnnSpec,
+    SplitSpec,
+    TrainSpec,
+)
+from treadle.train import World, choose_precision, fit, gradients
 
 SIZES = (1, 2, 3, 4)
 # Twelve lanes of few rows: the round of the rest leaves lanes, and in larger worlds ranks, without rows.
 LANES = BatchSpec(max_slots="26", lanes=12, rounds_per_update=2, noise=0.3)
 TRAIN = TrainSpec(epochs=2, seed=5)
+CTC = CtcSpec(frames_per_step=2, label_name="letter", sequence_name="word")
 
 
 def ctc(**changes: Any) -> Toy:
@@ -139,6 +158,84 @@ def agreeing(world: World, folder: Path) -> dict[str, Any]:
     }
 
 
+MODELS = {
+    "lstm": LstmSpec(hidden_size=6, num_layers=2, bidirectional=True, embedding_size=5, dropout=0.3),
+    "gru": GruSpec(hidden_size=7, num_layers=2, embedding_size=5, learned_state=True),
+    "rnn": RnnSpec(hidden_size=6, num_layers=1, embedding_size=5),
+    "mingru": MinGruSpec(hidden_size=6, num_layers=2, embedding_size=5, conv_size=3, mlp_factor=2.0, expansion=2.0),
+    "minlstm": MinLstmSpec(hidden_size=6, num_layers=2, embedding_size=5, norm=True, residual=True),
+    "language": GruSpec(hidden_size=6, num_layers=1, embedding_size=5),
+    "recomputed": LstmSpec(hidden_size=6, num_layers=2, bidirectional=True, embedding_size=5, dropout=0.3),
+    "hybrid": MinGruSpec(
+        hidden_size=8, num_layers=2, embedding_size=5, attention_every=1, attention_heads=2, mlp_factor=1
+    ),
+}
+
+
+def sharded(world: World, folder: Path) -> dict[str, Any]:
+    """Parameters spread over the ranks, of every kind of layer and head, beside ranks that each hold all."""
+    tasks = {"lstm": CTC, "rnn": ClassifySpec(pooling=Pooling.attention), "language": LanguageSpec(tied=True)}
+    found: dict[str, Any] = {}
+    for name, model in MODELS.items():
+        task = tasks.get(name, ClassifySpec())
+        draft, ends = toy_draft(45, classes=isinstance(task, ClassifySpec)), {}
+        for parallel in Parallel:
+            spec = toy_spec(model=model, task=task, batch=LANES, train=FEW, optim=SGD)
+            run = Toy(dataclasses.replace(spec, cluster=ClusterSpec(parallel=parallel)), draft).run(world=world)
+            recompute_layers(run.network, name == "recomputed")
+            outcome = fit(run)
+            state = {key: whole_tensor(part) for key, part in run.network.state_dict().items()}
+            ends[parallel] = (state, run.track.column("train/grad_norm"), outcome.test.metrics)
+        (data, told, test), (state, rows, metrics) = ends[Parallel.data], ends[Parallel.sharded]
+        found[name] = {
+            "names": list(state) == list(data),
+            "difference": max(float((state[key] - data[key]).abs().max()) for key in data),
+            "told": list(told.values()),
+            "rows": list(rows.values()),
+            "test": [test, metrics],
+        }
+    return found
+
+
+def resharded(world: World, folder: Path) -> dict[str, Any]:
+    """A sharded run that is stopped goes on in the same bits; its checkpoint is that of a whole network, and back."""
+    found = {}
+    for name, optim in {"sgd": SGD, "adamw": ADAMW}.items():
+        spec = toy_spec(batch=LANES, train=FEW, optim=optim)
+        toy = Toy(dataclasses.replace(spec, cluster=ClusterSpec(parallel=Parallel.sharded)))
+        plain = Toy(spec)
+        whole = toy.run(world=world)
+        fit(whole)
+        part = toy.run(world=world, stop_after=1 if world.rank == 0 else None)
+        fit(part)
+        saved = share(part.checkpoints.states.get(1), world, folder / f"sharded-{name}-{world.size}")
+        rest = toy.run(world=world, saved=saved)
+        fit(rest)
+        alone = plain.run(saved=saved)  # one rank goes on from it without the others
+        fit(alone)
+        before = plain.run(world=world, stop_after=1 if world.rank == 0 else None)
+        fit(before)
+        other = share(before.checkpoints.states.get(1), world, folder / f"whole-{name}-{world.size}")
+        back = toy.run(world=world, saved=other)
+        fit(back)
+        ends = [torch.cat([whole_tensor(p).flatten() for p in run.network.parameters()]) for run in (whole, rest, back)]
+        found[name] = {
+            "same": torch.equal(ends[0], ends[1]),
+            "alone": float((weights(alone) - ends[0]).abs().max()),
+            "back": float((ends[2] - ends[0]).abs().max()),
+            "local": sum(p.to_local().numel() for p in whole.network.parameters()),
+            "moments": sum(v.to_local().numel() for s in whole.optimizer.state.values() for v in s.values() if v.ndim),
+            "all": ends[0].numel(),
+            "files": {file: len(data) for file, data in saved[0].items()},
+            "others": {file: len(data) for file, data in other[0].items()},
+        }
+    return found
+
+
+def whole_tensor(part: torch.Tensor) -> torch.Tensor:
+    return part.detach().full_tensor() if isinstance(part, DTensor) else part.detach()
+
+
 SCENES = {
     trajectory: SIZES,
     float64: SIZES,
@@ -147,12 +244,17 @@ SCENES = {
     diverging: (1, 3),
     agreeing: (1, 3),
 }
+MORE = {sharded: (2,), resharded: (2, 3)}
+FEW = TrainSpec(epochs=1, seed=5)
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
+    # Of a few parameters each, so that toys have several, too.
+    gradients.BUCKET_BYTES, gradients.END_BYTES = 400, 200
+    scenes = {scene: sizes for scene, sizes in (SCENES | MORE).items() if scene.__name__ in names}
     for size in SIZES:
-        if rank >= size:
+        if rank >= size or not any(size in sizes for sizes in scenes.values()):
             continue
         dist.init_process_group(
             "gloo",
@@ -162,15 +264,16 @@ def main(rank: int, folder: Path) -> None:
             timeout=timedelta(seconds=60),
         )
         world = World.joined(torch.device("cpu"))
-        seen = {scene.__name__: scene(world, folder) for scene, sizes in SCENES.items() if size in sizes}
+        seen = {scene.__name__: scene(world, folder) for scene, sizes in scenes.items() if size in sizes}
         (folder / f"seen-{size}-{rank}.json").write_text(json.dumps(seen))
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     ctc().run()  # what takes seconds to import is imported once, before the fork
+    names = sys.argv[2:] or [scene.__name__ for scene in SCENES]
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=main, args=(rank, Path(sys.argv[1]))) for rank in range(max(SIZES))]
+    ranks = [fork.Process(target=main, args=(rank, Path(sys.argv[1]), names)) for rank in range(max(SIZES))]
     for process in ranks:
         process.start()
     for process in ranks:

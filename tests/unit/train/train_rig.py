@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +23,7 @@ from treadle.spec import (
     DataSpec,
     JobSpec,
     LstmSpec,
+    Parallel,
     SgdSpec,
     SplitSpec,
     StoreSpec,
@@ -37,10 +40,15 @@ from treadle.train import (
     World,
     build_optimizer,
     build_task,
+    load_weights,
     pack,
     unpack,
 )
+from treadle.train.feed import Update
+from treadle.train.sharding import placed, shard
+from treadle.train.state import MODEL_FILE
 from treadle.train.task import ClassifyTask, Task, class_weights
+from treadle.train.updater import Updater
 
 FP32 = PrecisionChoice(name="fp32", device="cpu", why="as asked", probe_ms={})
 LETTERS = "abcdefg"
@@ -132,29 +140,37 @@ class Toy:
         double: bool = False,
         form: Form = Form.padded,
         precision: PrecisionChoice = FP32,
+        spoilt: dict[tuple[int, int], float] | None = None,
     ) -> Run:
         """A run from the start, or from what `Kept` kept.
 
         Args:
             stop_after: ask for a stop at this many updates of the run.
             double: weights and loss in float64 (classification of tokens only).
+            spoilt: what the loss is multiplied by at some positions (epoch, index), each the first time it is read.
         """
         world = world or World()
         network = self.network()
         task: Any = self.task()
         if double:
             network, task = network.double(), DoubleTask(task.spec, task.num_labels, task.class_weights_K)
+        if self.spec.cluster.parallel is Parallel.sharded and world.size > 1:
+            shard(network, world)
         optimizer = build_optimizer(self.spec.optim, network)
+        updater = Updater(self.spec, network, optimizer, precision)
         start = TrainState(precision=precision.name)
         if saved is not None:
             files, state = saved
             unpack(files, network, optimizer)
             start = TrainState.from_json(json.loads(state), where="saved")
+            updater.load_tensors(files)
+            updater.load(start.updater)
         reader = RowReader(self.blobs, self.manifest)
         valid, test = (
             Evaluator(self.spec, self.manifest, reader, split=split, task=task, world=world, form=form)
             for split in ("valid", "test")
         )
+        checkpoints = Kept(saved, start.update)
         return Run(
             spec=self.spec,
             world=world,
@@ -162,15 +178,46 @@ class Toy:
             network=network,
             optimizer=optimizer,
             precision=precision,
-            feed=self.feed(world, form=form),
+            feed=Spoilt(self.feed(world, form=form), dict(spoilt or {})),
             valid=valid,
             test=test,
-            checkpoints=Kept(),
+            checkpoints=checkpoints,
+            restore=Restored(
+                self, checkpoints, network, optimizer, updater, TrainState(precision=precision.name), world
+            ),
             control=Wishes(stop_after, start.update),
             track=Told(),
             start=start,
             log_every_s=0.0,
+            updater=updater,
         )
+
+
+class Spoilt:
+    """A feed with updates whose rows count in the loss by another factor, NaN among them."""
+
+    def __init__(self, feed: Feed, factors: dict[tuple[int, int], float]) -> None:
+        self._feed = feed
+        self._factors = factors
+
+    def starting_at(self, epoch: int, index: int) -> Iterator[Update]:
+        updates = self._feed.starting_at(epoch, index)
+        try:
+            for update in updates:
+                factor = self._factors.pop((update.epoch, update.index), None)
+                yield update if factor is None else self._with(update, factor)
+        finally:
+            updates.close()
+
+    def _with(self, update: Update, factor: float) -> Update:
+        micros = [
+            dataclasses.replace(m, batch=m.batch._replace(weights_B=m.batch.weights_B * np.float32(factor)))
+            for m in update.micros
+        ]
+        return dataclasses.replace(update, micros=tuple(micros))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._feed, name)
 
 
 class DoubleTask(ClassifyTask):
@@ -182,18 +229,75 @@ class DoubleTask(ClassifyTask):
 
 
 class Kept:
-    """Keeps the state of every update as the bytes of a checkpoint."""
+    """Keeps the state of every update as the bytes of a checkpoint.
 
-    def __init__(self) -> None:
+    Args:
+        saved: what was committed before.
+    """
+
+    def __init__(self, saved: tuple[dict[str, bytes], str] | None = None, update: int = 0) -> None:
         self.states: dict[int, tuple[dict[str, bytes], str]] = {}
+        self.newest = saved
+        self.best: tuple[dict[str, bytes], str] | None = None
+        self.due: Callable[[TrainState], bool] = lambda _: True
 
     def is_due(self, state: TrainState) -> bool:
-        return True
+        return self.due(state)
 
-    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        self.states[state.update] = (pack(tensors), json.dumps(state.to_json()))
+    def save(self, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]], *, best: bool = False) -> None:
+        self.newest = self.states[state.update] = (pack(tensors), json.dumps(state.to_json()))
+        if best:
+            self.best = self.newest
+
+    def join(self) -> None: ...
 
     def wait(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """Puts back what `Kept` kept; among several ranks, what rank 0 kept, through files."""
+
+    toy: Toy
+    kept: Kept
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    updater: Updater
+    fresh: TrainState
+    world: World = dataclasses.field(default_factory=World)
+
+    def newest(self) -> TrainState:
+        saved = self.shared(self.kept.newest)
+        if saved is None:
+            own = self.network.state_dict()
+            self.network.load_state_dict({n: placed(p, own[n]) for n, p in self.toy.network().state_dict().items()})
+            self.optimizer.state.clear()
+            self.updater.load_tensors({})
+            self.updater.load(self.fresh.updater)
+            return self.fresh
+        files, text = saved
+        unpack(files, self.network, self.optimizer)
+        state = TrainState.from_json(json.loads(text), where="kept")
+        self.updater.load_tensors(files)
+        self.updater.load(state.updater)
+        return state
+
+    def best(self) -> TrainState | None:
+        saved = self.shared(self.kept.best)
+        if saved is None:
+            return None
+        files, text = saved
+        load_weights(self.network, files[MODEL_FILE], where="best")
+        self.updater.load_tensors(files)
+        return TrainState.from_json(json.loads(text), where="best")
+
+    def shared(self, saved: tuple[dict[str, bytes], str] | None) -> tuple[dict[str, bytes], str] | None:
+        """What rank 0 has."""
+        if self.world.size == 1:
+            return saved
+        told = [saved]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
 
 
 class Wishes:
@@ -205,7 +309,7 @@ class Wishes:
     def wants_stop(self) -> bool:
         if self._left is not None:
             self._left -= 1
-        return self._left == 0
+        return self._left is not None and self._left <= 0
 
     def wants_checkpoint(self) -> bool:
         return False
@@ -216,11 +320,17 @@ class Told:
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
+        self.events: list[tuple[str, dict[str, Any]]] = []
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         self.rows.append((update, dict(metrics)))
 
-    def event(self, name: str, /, **facts: Any) -> None: ...
+    def event(self, name: str, /, **facts: Any) -> None:
+        self.events.append((name, facts))
+
+    def told(self, name: str) -> list[dict[str, Any]]:
+        """The facts of all events of a name."""
+        return [facts for told, facts in self.events if told == name]
 
     def close(self, outcome: str) -> None: ...
 
