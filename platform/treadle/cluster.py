@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -9,17 +10,31 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray reads it as it is imported, and would leave out lines of ranks
+
 import ray
-from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
+from ray._private.state import state as ray_state  # what Ray Train's own watcher of preemptions asks
+from ray._raylet import AuthenticationTokenLoader, Config, PlacementGroupID  # pyright: ignore[reportAttributeAccessIssue]
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
-from treadle.errors import TransientError
+from treadle.errors import TransientError, TreadleError
 
-__all__ = ["is_connected", "joined_ray", "own_ray"]
+__all__ = ["free_places", "is_connected", "joined_ray", "own_ray", "this_node", "watched_nodes"]
 
+_LOOK_S = 1.0
+_DRAIN_S = 30
+"""What a node that names no deadline is taken to have."""
+
+_PREFIX, _OWNER = "trd", "owner"
 _LONGEST_FOLDER = 40  # Ray's sockets lie 62 characters below it, and a socket's path holds 107
 
 
@@ -39,8 +54,12 @@ def own_ray(*, num_cpus: int, show_logs: bool = False) -> Iterator[None]:
     Raises:
         TransientError: Ray did not start.
     """
-    parent = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="trd", dir=parent if len(parent) <= _LONGEST_FOLDER else "/tmp"))  # noqa: S108
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) > _LONGEST_FOLDER:
+        parent = Path("/tmp")  # noqa: S108
+    _sweep(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    (folder / _OWNER).write_text(str(os.getpid()))
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -68,6 +87,17 @@ def own_ray(*, num_cpus: int, show_logs: bool = False) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _sweep(parent: Path) -> None:
+    """Remove what processes left there that were killed inside `own_ray`."""
+    for owner in parent.glob(f"{_PREFIX}*/{_OWNER}"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(owner.read_text())
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                shutil.rmtree(owner.parent, ignore_errors=True)
+
+
 @contextmanager
 def joined_ray(address: str | None, *, show_logs: bool = False) -> Iterator[None]:
     """The cluster that this process is connected to, or the one at `address`; it is left running.
@@ -84,6 +114,54 @@ def joined_ray(address: str | None, *, show_logs: bool = False) -> Iterator[None
             yield
         finally:
             ray.shutdown()
+
+
+def this_node() -> str:
+    """The address of this machine for the others of the cluster."""
+    return ray.util.get_node_ip_address()
+
+
+def free_places() -> None:
+    """Give back every place that was reserved on this process's own cluster: who reserved it has died."""
+    for name, place in placement_group_table().items():
+        if place["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
+@contextmanager
+def watched_nodes(on_drain: Callable[[float], None]) -> Iterator[None]:
+    """While the block runs, `on_drain` is told once for each node that is about to go away, and in how many seconds.
+
+    Every node of the cluster counts: the driver's is one that a run cannot do without.
+    """
+    over = threading.Event()
+
+    def look() -> None:
+        seen: set[str] = set()
+        while not over.wait(_LOOK_S):
+            try:
+                draining = ray_state.get_draining_nodes() or {}
+            except Exception:  # noqa: S112  the head may be away for a moment
+                continue
+            for node, deadline_ms in draining.items():
+                if node not in seen:
+                    left_s = deadline_ms / 1000 - _wall_s() if deadline_ms else float(_DRAIN_S)
+                    with contextlib.suppress(TreadleError):  # the store is away for a moment: told at the next look
+                        on_drain(max(0.0, left_s))
+                        seen.add(node)
+
+    thread = threading.Thread(target=look, name="treadle-nodes", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _wall_s() -> float:
+    # Ray states deadlines on the wall clock, so here it must be asked.
+    return time.time()
 
 
 def _start(*, show_logs: bool, **options: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ from torch import nn
 
 from treadle import wire
 from treadle.data import Form, Manifest, RowReader, load_manifest
-from treadle.errors import ConflictError, InternalError, TransientError
+from treadle.errors import ConflictError, InternalError
 from treadle.launch.datasets import open_reader
-from treadle.nn import Network, build_network
+from treadle.launch.restore import Restorer, read_newest
+from treadle.nn import Network, build_network, recompute_layers
 from treadle.plan import Plan, PlanInputs, plan_inputs, trainable_rows, with_slots
 from treadle.plan.size import longest_target, training_bytes
-from treadle.spec import JobSpec
+from treadle.spec import JobSpec, Parallel
 from treadle.store import Blobs, Checkpoints
 from treadle.track import Tracker
 from treadle.train import (
@@ -37,14 +39,20 @@ from treadle.train import (
     unpack,
 )
 from treadle.train.budget import FoundBudget, Learner, find_budget, memory_limit
+from treadle.train.carry import Carried, Carry, NoCarry
+from treadle.train.chunked import ChunkedEvaluator
+from treadle.train.compiling import compiled
 from treadle.train.rehearse import rehearse
+from treadle.train.sharding import shard
+from treadle.train.streams import StreamFeed
 from treadle.train.task import class_weights
+from treadle.train.updater import Updater
 
 __all__ = ["Surroundings", "assemble", "budget_key"]
 
 Ints = NDArray[np.int64]
 
-_BUDGET = ("budget", 1)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +60,13 @@ class Surroundings:
     """Where a rank stands.
 
     Args:
-        run: its id. spec, plan: as submitted.
+        run, attempt: which one. spec, plan: as submitted.
         checkpoints: of the run, to start from; saver: where new ones go.
     """
 
     blobs: Blobs
     run: str
+    attempt: int
     spec: JobSpec
     plan: Plan
     world: World
@@ -86,15 +95,22 @@ def assemble(around: Surroundings) -> tuple[Run, Manifest, RowReader]:
     task = _task(spec, plan, manifest)
     torch.manual_seed(spec.train.seed)
     network = build_network(spec.model, spec.task, plan.signature).to(world.device)
+    recompute_layers(network, spec.train.recompute)
     optimizer = build_optimizer(spec.optim, network)
     form = _form(network, spec, world)
-    state = _restored(around, network, optimizer)
+    saved = read_newest(around)
+    if saved.state is not None:
+        unpack(saved.files, network, optimizer)
+        track.event("restored", update=saved.state.update, epoch=saved.state.epoch)
 
-    def feed_of(batches: JobSpec) -> Feed:
+    def feed_of(batches: JobSpec) -> Feed | StreamFeed:
+        if batches.batch.streams:
+            return StreamFeed(batches, manifest, reader, lanes=plan.lanes, world=world)
         return Feed(batches, manifest, reader, lanes=plan.lanes, world=world, form=form, task=task)
 
     planned = replace(spec, batch=with_slots(spec.batch, plan.max_slots))
-    precision = _precision(around, network, task, feed_of(planned), state)
+    precision = _precision(around, network, task, feed_of(planned), saved.state)
+    updater = Updater(spec, network, optimizer, precision)  # with its own copies of weights, before memory is measured
     learner = Learner(
         network=network,
         optimizer=optimizer,
@@ -107,15 +123,30 @@ def assemble(around: Surroundings) -> tuple[Run, Manifest, RowReader]:
         planned = replace(spec, batch=with_slots(spec.batch, _budget(around, learner, manifest)))
     feed = feed_of(planned)
     _check_batches(around, feed)
-    if world.device.type == "cuda":  # a host swaps where a device stops, and its updates are slow
+    if world.device.type == "cuda" and isinstance(feed, Feed):  # a host swaps where a device stops, and is slow
         rows, _, targets = _trained(around, manifest)
         rehearse(learner, feed.plan(0), rows, targets)
     inputs = _inputs(planned, plan, manifest)
-    state = TrainState(precision=precision.name) if state is None else state
+    fresh = TrainState(precision=precision.name, inputs=inputs)
+    state = saved.state or fresh
     state.check(inputs)
     world.share_weights(network)
+    if spec.cluster.parallel is Parallel.sharded and world.size > 1:  # once all is measured that runs on one rank alone
+        shard(network, world)
+        optimizer = build_optimizer(spec.optim, network)
+        if saved.state is not None:
+            unpack(saved.files, network, optimizer)
+        updater = Updater(spec, network, optimizer, precision)
+    if spec.train.compile:
+        track.event("compiled", parts=compiled(network, precision, world.device))
+    updater.load_tensors(saved.files)
+    updater.load(state.updater)
+    carry = _carry(spec, network, world, lanes=plan.lanes)
+    carry.load(saved.files, at=(state.epoch, state.index))
 
     def evaluator(split: str) -> Evaluator:
+        if planned.batch.streams:
+            return ChunkedEvaluator(planned, manifest, reader, split=split, task=task, world=world)
         return Evaluator(planned, manifest, reader, split=split, task=task, world=world, form=form)
 
     run = Run(
@@ -129,12 +160,22 @@ def assemble(around: Surroundings) -> tuple[Run, Manifest, RowReader]:
         valid=evaluator("valid"),
         test=evaluator("test"),
         checkpoints=around.saver,
+        restore=Restorer(
+            around=around, network=network, optimizer=optimizer, updater=updater, carry=carry, fresh=fresh
+        ),
         control=around.control,
         track=track,
         start=replace(state, inputs=inputs),
         log_every_s=spec.train.log_every_s,
+        updater=updater,
+        carry=carry,
     )
     return run, manifest, reader
+
+
+def _carry(spec: JobSpec, network: Network, world: World, *, lanes: int) -> Carry:
+    streams = spec.batch.streams
+    return Carried(network, world, lanes=lanes, streams=streams) if streams else NoCarry()
 
 
 def _form(network: nn.Module, spec: JobSpec, world: World) -> Form:
@@ -149,38 +190,29 @@ def _task(spec: JobSpec, plan: Plan, manifest: Manifest) -> Task:
     return build_task(spec.task, num_labels, class_weights(spec.task, train, num_labels))
 
 
-def _restored(around: Surroundings, network: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
-    """The state of the newest checkpoint, its weights and moments put in; None where there is none."""
-    found = around.checkpoints.restore()
-    if not around.world.agree(wire.digest(found[0].prefix if found else "")):
-        raise TransientError("checkpoint: the ranks read different ones", hint=f"treadle resume {around.run}")
-    if found is None:
-        return None
-    kept, files = found
-    unpack(files, network, optimizer)
-    state = TrainState.from_json(kept.state, where=f"{kept.prefix}: state")
-    around.track.event("restored", update=state.update, epoch=state.epoch)
-    return state
-
-
 def _precision(
-    around: Surroundings, network: nn.Module, task: Task, feed: Feed, state: TrainState | None
+    around: Surroundings, network: nn.Module, task: Task, feed: Feed | StreamFeed, state: TrainState | None
 ) -> PrecisionChoice:
     """The format of the checkpoint, else the one that the job asks for or that is faster here."""
     if state is not None:
         device = around.world.device.type
         choice = PrecisionChoice(name=state.precision, device=device, why="as before the restart", probe_ms={})
     else:
-        choice = choose_precision(around.spec.precision.mode, network, task, feed.largest(), around.world)
+        # A measurement: a run that is lost before its first checkpoint must not measure anew, and choose otherwise.
+        choice = _recorded(around, "precision", PrecisionChoice, lambda: _chosen(around, network, task, feed))
     around.track.event("precision", format=choice.name, why=choice.why, probe_ms=choice.probe_ms)
     return choice
+
+
+def _chosen(around: Surroundings, network: nn.Module, task: Task, feed: Feed | StreamFeed) -> PrecisionChoice:
+    return choose_precision(around.spec.precision.mode, network, task, feed.largest(), around.world)
 
 
 def _budget(around: Surroundings, learner: Learner, manifest: Manifest) -> int:
     """The slots that this run found when it began, or finds now; rank 0's answer for all ranks."""
     slots = 0
     if around.world.rank == 0:
-        found = _recorded(around, lambda: _found(around, learner, manifest))
+        found = _recorded(around, "budget", FoundBudget, lambda: _found(around, learner, manifest))
         slots = found.slots
         around.track.event(
             "budget",
@@ -196,14 +228,14 @@ def _budget(around: Surroundings, learner: Learner, manifest: Manifest) -> int:
     return int(total)
 
 
-def _recorded(around: Surroundings, find: Callable[[], FoundBudget]) -> FoundBudget:
+def _recorded(around: Surroundings, kind: str, cls: type[T], find: Callable[[], T]) -> T:
     """What the run's record says; `find` makes it where there is none yet."""
-    key, blobs = budget_key(around.run), around.blobs
+    key, blobs = f"runs/{around.run}/{kind}.json", around.blobs
     if blobs.head(key) is None:
-        found = wire.record(*_BUDGET, find())
-        with contextlib.suppress(ConflictError):  # another attempt was first: its budget holds
+        found = wire.record(kind, 1, find())
+        with contextlib.suppress(ConflictError):  # another was first: what it found holds
             blobs.create(key, found)
-    return wire.unrecord(FoundBudget, blobs.get(key), kind=_BUDGET[0], schema=_BUDGET[1], where=key)
+    return wire.unrecord(cls, blobs.get(key), kind=kind, schema=1, where=key)
 
 
 def _found(around: Surroundings, learner: Learner, manifest: Manifest) -> FoundBudget:
@@ -221,6 +253,7 @@ def _found(around: Surroundings, learner: Learner, manifest: Manifest) -> FoundB
             frames=frames,
             labels=longest_target(lengths, targets, steps),
             world=world.size,
+            recompute=spec.train.recompute,
         )
 
     return find_budget(
@@ -242,7 +275,7 @@ def _trained(around: Surroundings, manifest: Manifest) -> tuple[Ints, Ints, Ints
     return manifest.rows_of("train")[rows], card.lengths_N[rows], card.targets_N[rows]
 
 
-def _check_batches(around: Surroundings, feed: Feed) -> None:
+def _check_batches(around: Surroundings, feed: Feed | StreamFeed) -> None:
     """Nothing, where all ranks plan the same batches, and those that were submitted if the slots were given."""
     batches = feed.plan(0).digest
     as_planned = around.spec.batch.is_auto or batches == around.plan.batch_digest

@@ -14,12 +14,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
-from treadle.errors import InternalError, TreadleError
-from treadle.launch.records import read_job
-from treadle.launch.worker import Assignment, train_rank
+from treadle.errors import InternalError, PreemptedError, TreadleError
+from treadle.launch.lead import Lead
+from treadle.launch.records import Assignment
+from treadle.launch.tracking import Events
 from treadle.store import AttemptEnd, AttemptStatus, Backend, Journal, RequestKind, Runs, open_blobs
 from treadle.track import now_s
 
@@ -29,20 +30,27 @@ BEAT_S = 5.0
 _END_OF_LOG = b"\0end of log\0"
 
 
-def drive(store: str, run: str, backend: Backend) -> int:
+def drive(store: str, run: str, backend: Backend, *, after: int | None = None) -> int:
     """Run one attempt; returns the exit code of the process.
+
+    Args:
+        after: be the attempt after this one or none: of several who would replace a lost one, one does.
 
     A stop that was asked for is exit 0: whoever started this must not try again by itself.
     """
     blobs = open_blobs(store)
     runs = Runs(blobs)
     record = runs.get(run)
-    attempt = runs.claim_attempt(run, backend, {"pid": os.getpid(), "host": os.uname().nodename})
-    with _log(Journal(blobs, f"runs/{run}/logs.jsonl", writer=f"driver-a{attempt}")), _heart(runs, run, attempt):
+    facts = {"pid": os.getpid(), "host": os.uname().nodename}
+    attempt = runs.claim_attempt(run, backend, facts, after=after)
+    events = Events(blobs, run, attempt, writer=f"driver-a{attempt}")
+    assignment = Assignment(store=store, run=run, attempt=attempt, code=record.info.get("code", {}))
+    lead = Lead(assignment=assignment, blobs=blobs, events=events)
+    log = Journal(blobs, f"runs/{run}/logs.jsonl", writer=f"driver-a{attempt}")
+    with _log(log), closing(events), _heart(runs, lead):
         _stop_on_signals(runs, run, attempt)
         try:
-            assignment = Assignment(store=store, run=run, attempt=attempt, code=record.info.get("code", {}))
-            end = _end(_train(assignment, runs, backend))
+            end = _end(_train(lead, backend))
         except TreadleError as error:
             print(error, file=sys.stderr, flush=True)
             end = _failed(error)
@@ -55,20 +63,21 @@ def drive(store: str, run: str, backend: Backend) -> int:
     return end.exit_code
 
 
-def _train(assignment: Assignment, runs: Runs, backend: Backend) -> dict[str, Any]:
-    spec, _ = read_job(runs, assignment.run)
-    if spec.cluster.workers == 0:
-        from treadle.train import World
+def _train(lead: Lead, backend: Backend) -> dict[str, Any]:
+    if lead.cluster.workers == 0:
+        from treadle.launch.inline import train_inline
 
-        return train_rank(assignment, World())
+        return train_inline(lead)
     from treadle.launch.group import train_on_ray
 
-    return train_on_ray(assignment, spec.cluster, is_own_cluster=backend is not Backend.ray)
+    return train_on_ray(lead, is_own_cluster=backend is not Backend.ray)
 
 
 def _end(summary: dict[str, Any]) -> AttemptEnd:
+    status = AttemptStatus(summary["status"])
     return AttemptEnd(
-        status=AttemptStatus(summary["status"]),
+        status=status,
+        exit_code=PreemptedError.exit_code if status is AttemptStatus.preempted else 0,
         update=summary["update"],
         metrics=summary["metrics"],
         model_version=summary["model_version"],
@@ -98,14 +107,14 @@ def _ignore_signals() -> None:
 
 
 @contextmanager
-def _heart(runs: Runs, run: str, attempt: int) -> Iterator[None]:
+def _heart(runs: Runs, lead: Lead) -> Iterator[None]:
     """Beats in the store while the block runs."""
     stop = threading.Event()
 
     def beat() -> None:
         while True:
             try:
-                runs.beat(run, attempt, {"pid": os.getpid()})
+                runs.beat(lead.assignment.run, lead.assignment.attempt, {"pid": os.getpid(), **lead.beat})
             except TreadleError as error:
                 print(f"heartbeat: {error.message}", file=sys.stderr)
             if stop.wait(BEAT_S):
@@ -160,10 +169,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--store", required=True)
     parser.add_argument("--run", required=True)
     parser.add_argument("--backend", choices=[backend.value for backend in Backend], default=Backend.local.value)
+    parser.add_argument("--after", type=int)
     given = parser.parse_args(arguments)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the only switch of wandb-core's own telemetry
     try:
-        return drive(given.store, given.run, Backend(given.backend))
+        return drive(given.store, given.run, Backend(given.backend), after=given.after)
     except TreadleError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -92,6 +92,8 @@ def explain_job(
     if ranks is not None:  # memory of other machines than this one
         capacity = replace(capacity, memory_bytes=0, node_bytes=0)
     plan = make_plan(spec, card, capacity)
+    if spec.batch.streams:
+        return plan, plan.batches
     train = card.splits["train"]
     rows = trainable_rows(train, spec.task)
     batch = with_slots(spec.batch, plan.max_slots)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import asdict
+import threading
 from typing import Any
 
-from treadle.errors import InfeasibleError, InternalError, TransientError, TreadleError
-from treadle.launch.worker import Assignment, train_rank
+from treadle.cluster import free_places, joined_ray, own_ray, this_node, watched_nodes
+from treadle.errors import InfeasibleError, TransientError
+from treadle.launch.agent import Orders, start_agent
+from treadle.launch.controller import Controller
+from treadle.launch.lead import Lead
 from treadle.spec import ClusterSpec
+from treadle.store import RequestKind, Runs
 
 __all__ = ["train_on_ray"]
 
+HOLD_AGAIN = 3  # times that a dead controller of Ray's is replaced
 # Ray's own defaults poll every 2 s, change the folder under the job, and hang 30 s at the end.
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
@@ -20,9 +25,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice beside log_to_driver
-    "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 # What a cluster of one machine and one job can do without: every actor less is a second less.
 _OWN_ENVIRONMENT = {
@@ -32,17 +35,15 @@ _OWN_ENVIRONMENT = {
 }
 
 
-def train_on_ray(assignment: Assignment, cluster: ClusterSpec, *, is_own_cluster: bool) -> dict[str, Any]:
+def train_on_ray(lead: Lead, *, is_own_cluster: bool) -> dict[str, Any]:
     """Train with `cluster.workers` ranks; returns rank 0's summary.
 
     Raises:
-        TreadleError: what the first failing rank raised, or TransientError for a lost one.
+        TreadleError: what ended the run.
     """
     wanted = _ENVIRONMENT | (_OWN_ENVIRONMENT if is_own_cluster else {})
     os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
-    from treadle.cluster import joined_ray, own_ray
-
-    address = os.environ.get("RAY_ADDRESS")
+    cluster, address = lead.cluster, os.environ.get("RAY_ADDRESS")
     if is_own_cluster:
         place = own_ray(num_cpus=max(1, cluster.workers * cluster.cpus_per_worker), show_logs=True)
     elif address:
@@ -50,48 +51,103 @@ def train_on_ray(assignment: Assignment, cluster: ClusterSpec, *, is_own_cluster
     else:
         raise InfeasibleError("RAY_ADDRESS: not set, expected the cluster that runs this job")
     with place, tempfile.TemporaryDirectory() as scratch:
-        return _fit(assignment, cluster, scratch, is_own_cluster=is_own_cluster)
+        controller = lead.controller(this_node())
+        leading = threading.Thread(target=controller.run, name="treadle-controller", daemon=True)
+        leading.start()
+        try:
+            with watched_nodes(lambda left_s: _drain(lead, left_s)):
+                _hold(lead, controller, scratch, is_own_cluster=is_own_cluster)
+        finally:
+            controller.give_up(TransientError("Ray Train ended before the run did", hint=_resume(lead)))
+            leading.join()
+    return controller.outcome()
 
 
-def _fit(assignment: Assignment, cluster: ClusterSpec, scratch: str, *, is_own_cluster: bool) -> dict[str, Any]:
+def _hold(lead: Lead, controller: Controller, scratch: str, *, is_own_cluster: bool) -> None:
+    """Hold the ranks' places with Ray Train until the controller has no more use for them.
+
+    Ray's own controller is one actor that nobody restarts: when it dies, its workers go with it, and another
+    is begun. The ranks are then new, and continue from the last checkpoint.
+    """
+    from ray.exceptions import RayActorError, RayError
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    for begun in range(1 + HOLD_AGAIN):
+        trainer = _trainer(lead, controller, scratch, begun, is_own_cluster=is_own_cluster)
+        try:
+            trainer.fit()
+        except RayActorError:
+            lead.events.tell("ray_controller_lost")
+            if is_own_cluster:  # on another one, Ray's own cleaner does it
+                free_places()
+            continue
+        except (TrainingFailedError, RayError) as error:
+            controller.give_up(TransientError(f"Ray Train: {error}", hint=_resume(lead)))
+        return
+    controller.give_up(TransientError(f"Ray Train: its controller died {1 + HOLD_AGAIN} times", hint=_resume(lead)))
+
+
+def _trainer(lead: Lead, controller: Controller, scratch: str, begun: int, *, is_own_cluster: bool) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    class OwnClusterTrainer(TorchTrainer):
+    class OwnClusterTrainer(DataParallelTrainer):
         """Leaves out the actor that outlives a dead controller: it asks a dashboard we do not start, and complains."""
 
         def _create_default_callbacks(self) -> list[Any]:
             kept = super()._create_default_callbacks()
             return [part for part in kept if type(part).__name__ != "PlacementGroupCleanerCallback"]
 
+    cluster = lead.cluster
     resources = {"CPU": float(cluster.cpus_per_worker)}
     if cluster.gpus_per_worker:
         resources["GPU"] = float(cluster.gpus_per_worker)
-    trainer = (OwnClusterTrainer if is_own_cluster else TorchTrainer)(
-        _run_rank,
-        train_loop_config={"assignment": asdict(assignment), "use_gpu": bool(cluster.gpus_per_worker)},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+    workers = cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers)
+    preemptions = -1 if cluster.max_preemptions is None else cluster.max_preemptions
+    # Without Ray's torch backend: the ranks are processes of their agents, and find together by themselves.
+    return (OwnClusterTrainer if is_own_cluster else DataParallelTrainer)(
+        _keep_rank,
+        train_loop_config=lead.orders(controller),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+            num_workers=workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
         ),
         run_config=RunConfig(
-            # A fresh name an attempt: a torn snapshot of Ray's own must not stand in the way.
-            name=f"{assignment.run}-a{assignment.attempt}",
+            # A fresh name each time: a torn snapshot of Ray's own must not stand in the way.
+            name=f"{lead.assignment.run}-a{lead.assignment.attempt}-{begun}",
             storage_path=scratch,
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+            failure_config=FailureConfig(
+                # The controller counts losses; Ray must not give up before it does, nor go on for ever.
+                max_failures=1000,
+                max_preemption_failures=preemptions,
+                controller_failure_limit=3,
+            ),
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
         ),
     )
-    try:
-        result = trainer.fit()
-    except WorkerGroupError as error:
-        raise _translated(error.worker_failures) from error
-    except (ControllerError, TrainingFailedError) as error:
-        raise TransientError(f"Ray Train: {error}", hint=f"treadle resume {assignment.run}") from error
-    if not isinstance(result.return_value, dict):
-        raise InternalError(f"Ray Train: rank 0 gave {type(result.return_value).__name__}, expected its summary")
-    return result.return_value
+
+
+def _keep_rank(config: dict[str, Any]) -> None:
+    """Runs in each Ray Train worker: an agent, as long as the controller wants it."""
+    import ray.train
+
+    context = ray.train.get_context()
+    orders = Orders(**config, rank=context.get_world_rank(), world=context.get_world_size(), node=this_node())
+    agent = start_agent(orders)
+    if code := agent.wait():
+        raise RuntimeError(f"the agent of rank {orders.rank} ended with exit code {code}")
+
+
+def _drain(lead: Lead, left_s: float) -> None:
+    """A machine of ours goes away: commit now, and again just before."""
+    assert lead.now is not None
+    lead.now.drain()
+    lead.events.tell("preemption_notice", left_s=round(left_s, 1))
+    run, attempt = lead.assignment.run, lead.assignment.attempt
+    Runs(lead.blobs).request(run, RequestKind.drain, "the machine goes away", attempt=attempt, within_s=left_s)
+
+
+def _resume(lead: Lead) -> str:
+    return f"treadle resume {lead.assignment.run}"
 
 
 def _worker_environment(cluster: ClusterSpec) -> dict[str, str]:
@@ -102,28 +158,3 @@ def _worker_environment(cluster: ClusterSpec) -> dict[str, str]:
         # Microbatches of many shapes leave gaps in the memory of a device that no later one fits into.
         found["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return found
-
-
-def _run_rank(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs in each Ray Train worker, whose process group is joined already."""
-    import torch
-
-    from treadle.train import World
-
-    device = torch.device("cuda", torch.cuda.current_device()) if config["use_gpu"] else torch.device("cpu")
-    return train_rank(Assignment(**config["assignment"]), World.joined(device))
-
-
-def _translated(failures: dict[int, Exception]) -> TreadleError:
-    """The first rank's own error where one is ours; the rest only lost their partner."""
-    for rank in sorted(failures):
-        error: BaseException | None = failures[rank]
-        while error is not None:
-            if isinstance(error, TreadleError):
-                return error
-            error = getattr(error, "cause", None) or error.__cause__
-    rank = min(failures)
-    lines = [line for line in str(failures[rank]).splitlines() if line.strip()]
-    if "Error" in (lines[-1] if lines else ""):
-        return InternalError(f"rank {rank}: {lines[-1]}", hint="treadle logs, for the whole trace")
-    return TransientError(f"rank {rank} was lost: {lines[-1] if lines else type(failures[rank]).__name__}")

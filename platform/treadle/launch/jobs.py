@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,23 @@ class RayCluster:
         Raises:
             TransientError: the cluster did not take it.
         """
-        submission = f"{run}-a{attempt}"
-        client = self._client()
         driver = ["-m", "treadle.launch.driver", "--store", store, "--run", run, "--backend", Backend.ray.value]
+        driver += ["--after", str(attempt - 1)]
+        return self.start(driver, f"{run}-a{attempt}", {"treadle_run": run})
+
+    def start(self, arguments: Sequence[str], submission: str, metadata: dict[str, str]) -> str:
+        """Start Python with `arguments` on the cluster, under an id; returns it.
+
+        Raises:
+            TransientError: the cluster did not take it.
+        """
+        client = self._client()
         try:
             client.submit_job(
-                entrypoint=f"python {shlex.join(driver)}",
+                entrypoint=f"python {shlex.join(arguments)}",
                 submission_id=submission,
                 runtime_env=_runtime_environment(),
-                metadata={"treadle_run": run},
+                metadata=metadata,
             )
         except RuntimeError as error:
             raise TransientError(f"{self.address}: the job was not taken: {_first_line(error)}") from None

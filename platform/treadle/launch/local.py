@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import IO
 
-from treadle.errors import InternalError
+from treadle.errors import ConflictError, InternalError
 from treadle.store import AttemptEnd, AttemptStatus, Backend, Blobs, Runs
 
 __all__ = ["LocalDriver", "start_local"]
@@ -38,9 +38,14 @@ class LocalDriver:
         error = InternalError(
             f"the driver ended without a word ({words}){self._last_words()}", hint=f"treadle resume {self.run}"
         )
-        number = runs.status(self.run).attempt
-        if number <= attempts_before:
-            number = runs.claim_attempt(self.run, Backend.local, {"pid": self.process.pid})
+        pid = self.process.pid
+        own = [a.attempt for a in runs.attempts(self.run) if a.attempt > attempts_before and a.info.get("pid") == pid]
+        if not own and code == ConflictError.exit_code:
+            raise ConflictError(
+                f"run {self.run}: attempt {attempts_before + 1} was started by someone else",
+                hint=f"treadle logs -f {self.run}",
+            )
+        number = own[-1] if own else runs.claim_attempt(self.run, Backend.local, {"pid": pid})
         end = AttemptEnd(status=AttemptStatus.failed, exit_code=error.exit_code, error=error.to_json())
         runs.end_attempt(self.run, number, end)
 
@@ -55,17 +60,26 @@ class LocalDriver:
             while self.is_alive() and time.monotonic() < deadline:
                 time.sleep(0.1)
 
+    def release(self) -> None:
+        """Wait for a driver whose end is recorded, and let go of its output."""
+        try:
+            self.process.wait(KILL_AFTER_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._output.close()
+
     def _last_words(self) -> str:
         self._output.seek(0)
         lines = self._output.read().decode("utf-8", "replace").strip().splitlines()
         return "".join(f"\n  {line}" for line in lines[-5:])
 
 
-def start_local(store: str, run: str, *, threads: int, in_process: bool) -> LocalDriver:
+def start_local(store: str, run: str, *, threads: int, in_process: bool, after: int | None = None) -> LocalDriver:
     """Start the driver of a run; it outlives the caller.
 
     Args:
-        threads: of each rank. in_process: the loop runs in the driver itself, without Ray.
+        threads: of each rank. in_process: one rank beside the driver, without Ray.
+        after: the attempt that it is to follow; it ends at once where another has done so.
     """
     environment = dict(os.environ)
     environment["OMP_NUM_THREADS"] = str(threads)
@@ -75,7 +89,7 @@ def start_local(store: str, run: str, *, threads: int, in_process: bool) -> Loca
     command = [sys.executable, "-P", "-m", "treadle.launch.driver", "--store", store, "--run", run]
     try:
         process = subprocess.Popen(
-            [*command, "--backend", backend.value],
+            [*command, "--backend", backend.value, *([] if after is None else ["--after", str(after)])],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from treadle import wire
 from treadle.plan import Plan
 from treadle.spec import JobSpec
 from treadle.store import Runs
 
-__all__ = ["freeze", "read_job"]
+__all__ = ["Assignment", "freeze", "read_job"]
 
 _SPEC = ("job", 1)
 _PLAN = ("plan", 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What a rank must know to find the rest: JSON-ready, no secrets.
+
+    Args:
+        store: address of the store. run, attempt: which one.
+        code: git commit and dirty flag of the submitter's source.
+    """
+
+    store: str
+    run: str
+    attempt: int
+    code: dict[str, Any]
 
 
 def freeze(spec: JobSpec, plan: Plan) -> tuple[bytes, bytes]:

@@ -75,8 +75,8 @@ def _evaluation(blobs: Blobs, record: RunRecord, attempt: int) -> dict[str, Any]
 def _details(evaluation: dict[str, Any] | None) -> dict[str, Any]:
     if evaluation is None or evaluation["test"] is None:
         return {}
-    labels = [*evaluation["labels"], "(nothing)"]
     counts = np.array(evaluation["test"]["confusion"], np.int64)
+    labels = [*evaluation["labels"][: len(counts) - 1], "(nothing)"]  # language models answer with none of them
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     worst = np.argsort(wrong, axis=None)[::-1][:MAX_CONFUSIONS]

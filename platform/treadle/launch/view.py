@@ -27,6 +27,14 @@ def _chosen(model: ModelSpec) -> str:
     return ", ".join(words)
 
 
+def _streams(spec: JobSpec, plan: Plan) -> str:
+    streams = f"{plan.lanes} x {spec.batch.streams} streams" if plan.lanes > 1 else f"{spec.batch.streams} streams"
+    return (
+        f"{plan.updates_per_epoch:,} updates an epoch of up to {spec.batch.chunk} frames of {streams}, "
+        "the state carried on"
+    )
+
+
 def plan_text(spec: JobSpec, plan: Plan) -> str:
     """The plan as aligned lines: what is trained, on what, where, and how much of it."""
     model, directions = spec.model, "bidirectional " if spec.model.bidirectional else ""
@@ -45,7 +53,9 @@ def plan_text(spec: JobSpec, plan: Plan) -> str:
         "split": split_words(spec.split),
         "lengths": f"{plan.length_min} to {plan.length_max} time steps, median {plan.length_median}, "
         f"99 % up to {plan.length_p99}; {format_count(plan.train_frames)} frames an epoch",
-        "batches": f"{plan.updates_per_epoch:,} updates an epoch of {step}, fill {plan.fill:.1%}, "
+        "batches": _streams(spec, plan)
+        if spec.batch.streams
+        else f"{plan.updates_per_epoch:,} updates an epoch of {step}, fill {plan.fill:.1%}, "
         f"at most {plan.worst_slots:,} {counts} of {plan.max_slots:,}{found}",
         **({"augment": changes} if (changes := augment_words(spec.augment)) else {}),
         "training": f"{spec.train.epochs} epochs, about {plan.num_updates:,} updates, {spec.optim.kind} "

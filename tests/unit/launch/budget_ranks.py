@@ -18,7 +18,7 @@ from test_worker import Job, ask_to_stop, recorded
 
 import treadle.launch.assemble as assembly
 from treadle.data import load_manifest
-from treadle.launch import worker
+from treadle.launch import mailbox, worker
 from treadle.launch.assemble import budget_key
 from treadle.launch.worker import Assignment, train_rank
 from treadle.plan import trainable_rows
@@ -62,7 +62,7 @@ def rank_main(rank: int, made: Job, number: int, place: Path) -> None:
 
 def watch(seen: dict[str, Any]) -> None:
     """Note which budget this process trains with, and how often it looked for one."""
-    find_budget, assemble = assembly.find_budget, assembly.assemble
+    find_budget, assemble = assembly.find_budget, worker.assemble
 
     def counted(*given: Any, **named: Any) -> Any:
         seen["probes"] += 1
@@ -73,7 +73,7 @@ def watch(seen: dict[str, Any]) -> None:
         seen["slots"].append(run.spec.batch.slots)
         return run, *others
 
-    assembly.find_budget, assembly.assemble = counted, noted
+    assembly.find_budget, worker.assemble = counted, noted
 
 
 def record_of(made: Job) -> tuple[str, Any]:
@@ -108,7 +108,7 @@ def arithmetic_of(made: Job, found: dict[str, Any]) -> int:
 def main(folder: Path) -> None:
     # Budgets that differ from what is planned, and several of them to choose from.
     budget.LEAST_SLOTS, budget.FEW_ROUNDS = 16, 1
-    worker.POLL_S = 0.002
+    mailbox.POLL_S = 0.002
     both = {
         "task": CtcSpec(frames_per_step=3),
         "cluster": ClusterSpec(workers=RANKS, cpus_per_worker=1),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,10 +12,10 @@ import safetensors.torch
 import torch
 
 from treadle.data import Draft, Labels, Row, Tokens, build_dataset
-from treadle.errors import ConfigError, ConflictError, DivergenceError, IntegrityError, InternalError, TransientError
-from treadle.launch import worker
-from treadle.launch.records import freeze, read_job
-from treadle.launch.worker import Assignment, _Mailbox, _Saver, train_rank
+from treadle.errors import ConfigError, DivergenceError, IntegrityError, InternalError
+from treadle.launch import mailbox
+from treadle.launch.records import Assignment, freeze, read_job
+from treadle.launch.worker import train_rank
 from treadle.plan import Capacity, make_plan
 from treadle.spec import (
     AdamWSpec,
@@ -40,16 +39,7 @@ from treadle.spec import (
 )
 from treadle.store import Backend, Checkpoints, Registry, RequestKind, Runs
 from treadle.store.local import LocalBlobs
-from treadle.testing import FaultBlobs, MemoryBlobs
 from treadle.train import TrainState, World
-
-TENSORS = {"model.safetensors": {"w": torch.ones(2)}, "optim.safetensors": {}}
-
-
-def saver_on(blobs, **changes):
-    spec = job("/nowhere", checkpoint=CheckpointSpec(**{"every": "1h"} | changes))
-    checkpoints = Checkpoints(blobs, "toy-1", attempt=1, keep_last=2, spec_digest="s", data_digest="d")
-    return _Saver(checkpoints, spec, None), checkpoints
 
 
 def job(store, **changes):
@@ -117,7 +107,7 @@ def ask_to_stop(made):
 
 @pytest.fixture
 def quick_mailbox(monkeypatch):
-    monkeypatch.setattr(worker, "POLL_S", 0.002)
+    monkeypatch.setattr(mailbox, "POLL_S", 0.002)
 
 
 def test_a_run_is_trained_and_its_model_registered(tmp_path):
@@ -303,143 +293,3 @@ def test_changed_rows_are_changed_alike_after_a_restart(tmp_path):
 def test_rows_that_cannot_be_changed_so_are_said_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match=r"augment\.drop: got 0\.1, expected 0 with task=ctc"):
         Job(tmp_path, augment=AugmentSpec(drop=0.1)).attempt()
-
-
-# When states are committed
-
-
-def updates_saved(saver, updates, commit=True):
-    saved = []
-    for update in updates:
-        due = saver.is_due(TrainState(update=update))
-        if due:
-            saver.save(TrainState(update=update + 1), TENSORS)
-            saved.append(update + 1)
-            if commit:
-                saver.wait()
-    return saved
-
-
-def test_states_are_saved_at_multiples_whatever_was_resumed_from():
-    saver, checkpoints = saver_on(MemoryBlobs(), every_updates=5)
-    assert updates_saved(saver, range(17)) == [5, 10, 15]
-    assert checkpoints.latest().update == 15
-    saver.close()
-    resumed, _ = saver_on(MemoryBlobs(), every_updates=5)
-    assert updates_saved(resumed, range(7, 17)) == [10, 15]
-    resumed.close()
-    every, _ = saver_on(MemoryBlobs(), every_updates=1)
-    assert updates_saved(every, range(3)) == [1, 2, 3]
-    every.close()
-
-
-def test_states_are_saved_by_time():
-    saver, _ = saver_on(MemoryBlobs(), every="500ms")  # of which a busy machine may take a part for each update
-    assert not saver.is_due(TrainState(update=1))
-    time.sleep(0.51)
-    assert updates_saved(saver, [1, 2]) == [2]
-    saver.close()
-
-
-def test_one_state_is_saved_once():
-    blobs = MemoryBlobs()
-    saver, checkpoints = saver_on(blobs)
-    for _ in range(2):
-        saver.save(TrainState(update=4), TENSORS)
-    saver.wait()
-    assert len(blobs.children("runs/toy-1/ckpt")) == 1
-    assert checkpoints.latest().state == TrainState(update=4).to_json()
-    saver.close()
-
-
-class Slow(MemoryBlobs):
-    """A store whose first write waits until it is told to go on."""
-
-    def __init__(self):
-        super().__init__()
-        self.go = threading.Event()
-
-    def put(self, key, data):
-        self.go.wait(10)
-        return super().put(key, data)
-
-
-def test_training_goes_on_while_a_commit_is_in_flight():
-    blobs = Slow()
-    saver, checkpoints = saver_on(blobs, every_updates=2)
-    assert updates_saved(saver, range(7), commit=False) == [2]  # 4 and 6 came while 2 was on its way
-    blobs.go.set()
-    saver.wait()
-    assert updates_saved(saver, [7, 8]) == [8]
-    assert checkpoints.latest().update == 8
-    saver.close()
-
-
-def test_a_store_that_is_away_costs_checkpoints_and_not_the_run(monkeypatch):
-    saver, checkpoints = saver_on(FaultBlobs(MemoryBlobs(), refuse=2), every_updates=1)
-    for update in range(3):
-        assert saver.is_due(TrainState(update=update))
-        saver.save(TrainState(update=update + 1), TENSORS)
-        while not saver._pending.done():
-            time.sleep(0.001)
-    saver.wait()
-    assert checkpoints.latest().update == 3
-    saver.close()
-    monkeypatch.setattr(worker, "GIVE_UP_S", 0.0)
-    away, _ = saver_on(FaultBlobs(MemoryBlobs(), refuse=99), every_updates=1)
-    away.save(TrainState(update=1), TENSORS)
-    with pytest.raises(TransientError):
-        away.save(TrainState(update=2), TENSORS)
-    away.close()
-
-
-def test_the_end_waits_for_the_last_state_and_says_what_went_wrong():
-    saver, _ = saver_on(FaultBlobs(MemoryBlobs(), refuse=99))
-    saver.save(TrainState(update=1), TENSORS)
-    with pytest.raises(TransientError):
-        saver.wait()
-    saver.close()
-
-
-def test_a_newer_attempt_ends_an_older_one_at_its_next_look():
-    blobs = MemoryBlobs()
-    saver, _ = saver_on(blobs)
-    saver.save(TrainState(update=1), TENSORS)
-    saver.wait()
-    Checkpoints(blobs, "toy-1", attempt=2, keep_last=2, spec_digest="s", data_digest="d").acquire()
-    saver.save(TrainState(update=2), TENSORS)
-    while not saver._pending.done():
-        time.sleep(0.001)
-    with pytest.raises(ConflictError, match="attempt 2"):
-        saver.is_due(TrainState(update=3))
-    saver.close()
-
-
-# Wishes
-
-
-@pytest.mark.usefixtures("quick_mailbox")
-def test_wishes_are_heard_once_each(tmp_path):
-    made = Job(tmp_path)
-    number = made.runs.claim_attempt(made.run, Backend.inline)
-    mailbox = _Mailbox(made.runs, Assignment(store=str(made.store), run=made.run, attempt=number, code={}))
-    assert not mailbox.wants_stop()
-    assert not mailbox.wants_checkpoint()
-    for _ in range(2):
-        made.runs.request(made.run, RequestKind.checkpoint, "a test", attempt=number)
-        assert eventually(mailbox.wants_checkpoint)
-        assert not mailbox.wants_checkpoint()
-    made.runs.request(made.run, RequestKind.stop, "a test", attempt=number)
-    assert eventually(mailbox.wants_stop)
-    assert mailbox.wants_stop()
-    mailbox.close()
-    assert not [t for t in threading.enumerate() if t.name == "treadle-mailbox"]
-
-
-def eventually(asked, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if asked():
-            return True
-        time.sleep(0.002)
-    return False
