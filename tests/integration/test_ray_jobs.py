@@ -98,7 +98,7 @@ def test_a_job_runs_on_the_cluster_and_is_followed_from_here(on_cluster, prepare
     assert done["status"] == "finished"
     assert done["model_version"] == 1
     assert on_cluster.ok("models", "show", "toy")["lineage"]["run"] == done["run"]
-    assert "RayTrainWorker" in on_cluster("logs", done["run"]).out
+    assert re.search(r"RayTrainWorker.* rank 1 of 2: process \d+ on ", on_cluster("logs", done["run"]).out)
     assert json.loads(listed(cluster))
     assert cluster["token"] not in listed(cluster)
     # inside the cluster, without a Ray Train group: detached, stopped by the verb, resumed

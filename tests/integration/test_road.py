@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 import urllib.request
@@ -59,6 +60,6 @@ def test_from_a_job_to_an_answer(treadle, toy, s3_server, tmp_path):
     assert not psutil.wait_procs(children, timeout=10)[1]
     page = treadle.ok("report", done["run"])["report"]
     assert page.endswith("report.html")
-    assert "RayTrainWorker" in treadle("logs", done["run"]).out
+    assert re.search(r"RayTrainWorker.* rank 1 of 2: process \d+ on ", treadle("logs", done["run"]).out)
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
     print(f"the road took {time.monotonic() - started:.0f} s")

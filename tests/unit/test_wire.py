@@ -25,6 +25,7 @@ from treadle.spec import (
     DataSpec,
     GruSpec,
     JobSpec,
+    LanguageSpec,
     Leak,
     LstmSpec,
     MinGruSpec,
@@ -32,11 +33,13 @@ from treadle.spec import (
     ModelSpec,
     OptimSpec,
     Pooling,
+    RmsPropSpec,
     RnnSpec,
     SgdSpec,
     SplitBy,
     SplitSpec,
     StoreSpec,
+    TagSpec,
     TargetPer,
     TaskSpec,
 )
@@ -130,8 +133,13 @@ MODELS = [
     MinGruSpec(norm=True),
     MinLstmSpec(expansion=1.5),
 ]
-TASKS = [CtcSpec(label_name="phone"), ClassifySpec(pooling=Pooling.last)]
-OPTIMS = [AdamWSpec(clip_norm=None), SgdSpec(momentum=0.0)]
+TASKS = [
+    CtcSpec(label_name="phone"),
+    ClassifySpec(pooling=Pooling.last),
+    LanguageSpec(tied=True),
+    TagSpec(label_smoothing=0.1),
+]
+OPTIMS = [AdamWSpec(clip_norm=None), SgdSpec(momentum=0.0), RmsPropSpec(alpha=0.9)]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -197,7 +205,7 @@ def test_every_variant_is_tried_here():
         (lambda v: v["data"].update(name="../x"), r"data\.name: got '\.\./x'"),
         (
             lambda v: v["precision"].update(mode="fp8"),
-            r"precision\.mode: got 'fp8', expected one of \['auto', 'bf16', 'fp32'\]",
+            r"precision\.mode: got 'fp8', expected one of \['auto', 'bf16', 'fp16', 'fp32'\]",
         ),
         (lambda v: v["checkpoint"].update(every="soon"), r"duration: got 'soon'"),
     ],

@@ -20,7 +20,27 @@ __all__ = ["follow_run"]
 
 POLL_S = 0.3
 # What a person wants to read while a run goes on; the log and the events file have the rest.
-_TOLD = {"budget", "notice", "precision", "restored", "registered", "sink_lost"}
+_TOLD: dict[str, str] = {
+    "best_restored": "the model is that of the best evaluation, after update {update}",
+    "budget": "budget {slots} slots: {why}",
+    "checkpoint_failed": "checkpoint: {message}; training goes on",
+    "checkpoint_refused": "checkpoint: {message}; training goes on",
+    "ended_early": "no better evaluation since update {best_update}: training ends",
+    "notice": "{text}",
+    "precision": "precision {format}: {why}",
+    "preemption_notice": "a machine goes away in {left_s:.0f} s: committing now, and again before it does",
+    "rank_failed": "rank {rank} was lost at update {update}: {message}",
+    "rate_cut": "no better evaluation: learning rate times {factor}",
+    "registered": "registered {model}@{version}",
+    "rejoined": "all ranks together again, at update {update}",
+    "restored": "restored the checkpoint of update {update}",
+    "rolled_back": "rolled back from update {update} to {to}, learning rate times {rate_factor}",
+    "sink_lost": "{sink} is left out from now on: {reason}",
+    "skipped": "update {update} was skipped: {reason}",
+    "slow_rank": "rank {rank} holds the others up: {busy_ms} ms an update by rank",
+    "split": "out of memory: microbatches are cut into {parts} parts from now on",
+    "stacks": "the stacks of rank {rank}, which hangs, are in {key}",
+}
 
 
 def follow_run(
@@ -64,7 +84,7 @@ def follow_run(
                 progress.log(int(row["update"]), row["metrics"])
             for row in events.poll():
                 if row["event"] in _TOLD and row["attempt"] > attempts_before:
-                    progress.notice(_line(row))
+                    progress.notice(_told(row))
             if ended is not None:
                 progress.close(ended.state.value)
                 return _tell(run, spec, ended, as_json=as_json)
@@ -103,18 +123,11 @@ def _died(driver: LocalDriver, blobs: Blobs, runs: Runs, run: str, attempts_befo
     return ended
 
 
-def _line(row: dict[str, object]) -> str:
-    if row["event"] == "notice":
-        return str(row["text"])
-    if row["event"] == "precision":
-        return f"precision {row['format']}: {row['why']}"
-    if row["event"] == "budget":
-        return f"budget {row['slots']} slots: {row['why']}"
-    if row["event"] == "registered":
-        return f"registered {row['model']}@{row['version']}"
-    if row["event"] == "restored":
-        return f"restored the checkpoint of update {row['update']}"
-    return f"{row['event']}: {row.get('sink', '')} {row.get('reason', '')}"
+def _told(row: dict[str, object]) -> str:
+    try:
+        return _TOLD[str(row["event"])].format_map(row)
+    except (KeyError, ValueError, TypeError):  # an event of another version
+        return str(row["event"])
 
 
 def _tell(run: str, spec: JobSpec, status: RunStatus, *, as_json: bool) -> int:

@@ -100,7 +100,8 @@ def _takes(signature: dict[str, Any]) -> str:
     each = f"one of {signature['input_size'] - 1} symbols"  # id 0 stands for unknown ones, which are refused
     if signature["input_kind"] == "frames":
         each = f"{signature['input_size']} numbers"
-    return f"up to {signature['max_length']:,} time steps of {each}; answers with {signature['num_labels']} labels"
+    answers = f"{signature['num_labels']} labels" if signature["num_labels"] else "a next symbol"
+    return f"up to {signature['max_length']:,} time steps of {each}; answers with {answers}"
 
 
 @models.command()

@@ -20,7 +20,7 @@ from treadle.cli.options import (
 )
 from treadle.errors import ConfigError, ConflictError
 
-__all__ = ["jobs", "plan", "resume", "stop", "submit"]
+__all__ = ["backend_of", "capacity_of", "jobs", "on_option", "plan", "resume", "start_attempt", "stop", "submit"]
 
 on_option = click.option(
     "--on", "place", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where to train."
@@ -43,11 +43,12 @@ def plan(job: str, overrides: tuple[str, ...], place: str, as_json: bool) -> Non
 
     spec, folder = compose(job, overrides)
     blobs = open_blobs(spec.store.uri)
-    made = plan_job(spec, folder, blobs, _capacity(spec, place), asked=asked(job, overrides))
+    made = plan_job(spec, folder, blobs, capacity_of(spec, place), asked=asked(job, overrides))
     answer(as_json, {"plan": made, "spec": spec}, lambda: plan_text(spec, made))
 
 
-def _capacity(spec: Any, place: str) -> Any:
+def capacity_of(spec: Any, place: str) -> Any:
+    """What the place offers where the job is to run."""
     from treadle.launch.surroundings import local_capacity
 
     if place == "local":
@@ -74,9 +75,9 @@ def submit(job: str, overrides: tuple[str, ...], place: str, follow: bool, as_js
 
     spec, folder = compose(job, overrides)
     blobs = open_blobs(spec.store.uri)
-    made = plan_job(spec, folder, blobs, _capacity(spec, place), asked=asked(job, overrides))
+    made = plan_job(spec, folder, blobs, capacity_of(spec, place), asked=asked(job, overrides))
     say(plan_text(spec, made))
-    backend = _backend(place, spec)
+    backend = backend_of(place, spec)
     record = create_run(spec, made, blobs, backend)
     say(f"run       {record.run}")
     return _start(blobs, record, spec, made, follow=follow, as_json=as_json)
@@ -93,6 +94,7 @@ def resume(run: str, place: str, follow: bool, store_uri: str | None, address: s
     """Go on from the last checkpoint of a run that was stopped, failed or lost."""
     from dataclasses import replace
 
+    from treadle.launch.reconcile import find_lost, mark_lost
     from treadle.launch.records import read_job
     from treadle.store import Runs, RunState
 
@@ -102,17 +104,20 @@ def resume(run: str, place: str, follow: bool, store_uri: str | None, address: s
     status = runs.status(record.run)
     if status.state is RunState.finished:
         raise ConflictError(f"run {record.run}: is finished, expected one that was stopped, failed or lost")
-    if status.state is RunState.running and _is_alive(runs, record.run):
-        raise ConflictError(f"run {record.run}: is running", hint=f"treadle logs -f {record.run}")
+    if status.state is RunState.running:
+        if record.run not in find_lost(runs, [record.run]):
+            raise ConflictError(f"run {record.run}: is running", hint=f"treadle logs -f {record.run}")
+        mark_lost(runs, record.run, status)
     spec, made = read_job(runs, record.run)
     if address:
         spec = replace(spec, cluster=replace(spec.cluster, address=address))
-    backend = _backend(place, spec)
+    backend = backend_of(place, spec)
     say(f"run       {record.run}, attempt {status.attempt + 1}")
     return _start(blobs, replace(record, backend=backend), spec, made, follow=follow, as_json=as_json)
 
 
-def _backend(place: str, spec: Any) -> Any:
+def backend_of(place: str, spec: Any) -> Any:
+    """Where an attempt runs."""
     from treadle.store import Backend
 
     if place == "ray":
@@ -120,40 +125,33 @@ def _backend(place: str, spec: Any) -> Any:
     return Backend.inline if spec.cluster.workers == 0 else Backend.local
 
 
-def _is_alive(runs: Any, run: str) -> bool:
-    """Two looks at the heartbeat: a driver beats every few seconds."""
-    from treadle.launch.driver import BEAT_S
+def start_attempt(blobs: Any, run: str, backend: Any, spec: Any, *, after: int) -> tuple[Any, str | None]:
+    """The driver of a new attempt beside this process, or its submission on a cluster.
 
-    first = runs.status(run).beat
-    deadline = time.monotonic() + 2 * BEAT_S + 1
-    while time.monotonic() < deadline:
-        time.sleep(0.5)
-        now = runs.status(run)
-        if now.end is not None:
-            return False
-        if now.beat != first:
-            return True
-    return False
+    Args:
+        after: the attempt that it follows. Of several who start one after the same, one does.
+    """
+    from treadle.launch.jobs import RayCluster
+    from treadle.launch.local import start_local
+    from treadle.store import Backend
+
+    if backend is Backend.ray:
+        cluster = RayCluster(spec.cluster.address)
+        if "://" not in blobs.uri:
+            say(f"note      the store {blobs.uri} is a folder: every node of the cluster must see it")
+        submission = cluster.submit(blobs.uri, run, after + 1)
+        say(f"submitted {submission} to {cluster.address}")
+        return None, submission
+    is_inline = spec.cluster.workers == 0
+    return start_local(blobs.uri, run, threads=spec.cluster.cpus_per_worker, in_process=is_inline, after=after), None
 
 
 def _start(blobs: Any, record: Any, spec: Any, made: Any, *, follow: bool, as_json: bool) -> int:
     from treadle.cli.follow import follow_run
-    from treadle.launch.jobs import RayCluster
-    from treadle.launch.local import start_local
-    from treadle.store import Backend, Runs
+    from treadle.store import Runs
 
     before = Runs(blobs).status(record.run).attempt
-    driver, submission = None, None
-    if record.backend is Backend.ray:
-        cluster = RayCluster(spec.cluster.address)
-        if "://" not in blobs.uri:
-            say(f"note      the store {blobs.uri} is a folder: every node of the cluster must see it")
-        submission = cluster.submit(blobs.uri, record.run, before + 1)
-        say(f"submitted {submission} to {cluster.address}")
-    else:
-        driver = start_local(
-            blobs.uri, record.run, threads=spec.cluster.cpus_per_worker, in_process=spec.cluster.workers == 0
-        )
+    driver, submission = start_attempt(blobs, record.run, record.backend, spec, after=before)
     if follow:
         return follow_run(blobs, record.run, spec, made, attempts_before=before, driver=driver, as_json=as_json)
     body = {"run": record.run, "status": "submitted", "attempt": before + 1, "submission": submission}

@@ -17,7 +17,7 @@ from treadle.data import Batch
 from treadle.data.load.collate import collate_inputs
 from treadle.errors import IntegrityError
 from treadle.serve.inputs import Encoded, Reader
-from treadle.spec import ClassifySpec, ServeSpec
+from treadle.spec import ClassifySpec, LanguageSpec, ServeSpec
 from treadle.store import Blobs
 from treadle.store.models import ModelVersion
 from treadle.store.registry import Registry
@@ -38,11 +38,13 @@ class Output:
         labels: the answered labels in order; one for classification.
         confidence: how sure the network is, 0 to 1; NaN where it got lost in huge numbers.
         is_class: the labels are one class.
+        likeliest: labels with their probabilities, where a task answers with several.
     """
 
     labels: tuple[str, ...]
     confidence: float
     is_class: bool = False
+    likeliest: tuple[tuple[str, float], ...] = ()
 
     @property
     def label(self) -> str:
@@ -51,7 +53,8 @@ class Output:
 
     def to_json(self) -> dict[str, Any]:
         named = {"label": self.label} if self.is_class else {}
-        return {**named, "labels": list(self.labels), "confidence": round(self.confidence, _DIGITS)}
+        several = {"likeliest": {name: round(p, _DIGITS) for name, p in self.likeliest}} if self.likeliest else {}
+        return {**named, "labels": list(self.labels), "confidence": round(self.confidence, _DIGITS), **several}
 
 
 class Predictor:
@@ -73,7 +76,7 @@ class Predictor:
         self.reader = Reader(config.signature, config.preprocessing, self.serve)
         self._network = network
         self._task = build_task(config.task, config.signature.num_labels)
-        self._is_class = isinstance(config.task, ClassifySpec)
+        self._is_class = isinstance(config.task, ClassifySpec | LanguageSpec)  # of a text, its next symbol
 
     @classmethod
     def load(cls, blobs: Blobs, ref: str, *, serve: ServeSpec | None = None) -> Predictor:
@@ -121,9 +124,14 @@ class Predictor:
         with torch.inference_mode():
             logits = run_network(self._network, batch, _CPU)
             answers = self._task.answers(logits, torch.from_numpy(lengths_B))
-        names = self.config.preprocessing.labels
+        names = self._task.names(self.config.preprocessing)
         return [
-            Output(labels=tuple(names[i] for i in a.labels), confidence=a.confidence, is_class=self._is_class)
+            Output(
+                labels=tuple(names[i] for i in a.labels),
+                confidence=a.confidence,
+                is_class=self._is_class,
+                likeliest=tuple((names[i], p) for i, p in a.likeliest),
+            )
             for a in answers
         ]
 
@@ -140,7 +148,7 @@ class Predictor:
             "signature": wire.encode(self.config.signature),
             "input": self.reader.expected,
             "example": {"inputs": [self.reader.example]},
-            "labels": list(self.config.preprocessing.labels),
+            "labels": list(self._task.names(self.config.preprocessing)),
             "metrics": finite,
             "limits": {
                 field.name: getattr(self.serve, field.name)

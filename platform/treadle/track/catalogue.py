@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass
 
 from treadle.errors import InternalError
-from treadle.spec.job import ClassifySpec, CtcSpec, TaskSpec
+from treadle.spec.job import ClassifySpec, CtcSpec, LanguageSpec, TagSpec, TaskSpec
 
 __all__ = ["Direction", "Metric", "catalogue", "evaluation_names", "headline_name"]
 
@@ -48,13 +48,26 @@ class Metric:
 _UP, _DOWN = Direction.up, Direction.down
 
 _FIXED = (
-    Metric(name="trainer/update", unit="updates", meaning="Optimizer steps taken so far; the x axis of every curve."),
+    Metric(
+        name="trainer/update",
+        unit="updates",
+        meaning="Updates so far, refused ones included; the x axis of every curve.",
+    ),
     Metric(name="trainer/epoch", unit="epochs", meaning="Passes over the training rows so far, with the begun part."),
     Metric(
         name="trainer/frames_seen", unit="frames", meaning="Real time steps trained on so far, padding not counted."
     ),
     Metric(name="train/lr", unit="", meaning="Learning rate of the latest update."),
     Metric(name="train/grad_norm", unit="", meaning="Global gradient norm before clipping, latest update."),
+    Metric(
+        name="guard/skipped",
+        unit="updates",
+        meaning="Updates refused so far: their gradient was not finite, or far too large.",
+        good=_DOWN,
+    ),
+    Metric(name="guard/rate_factor", unit="", meaning="What roll-backs have multiplied the learning rate by."),
+    Metric(name="guard/loss_scale", unit="", meaning="What fp16 losses are multiplied by before the backward pass."),
+    Metric(name="guard/overflows", unit="updates", meaning="Updates refused so far because fp16 had no room for them."),
     Metric(name="perf/frames_per_s", unit="frames/s", meaning="Real time steps per second, all ranks.", good=_UP),
     Metric(name="perf/rows_per_s", unit="rows/s", meaning="Sequences per second, all ranks.", good=_UP),
     Metric(name="perf/update_ms", unit="ms", meaning="Mean wall time of one update.", good=_DOWN),
@@ -69,6 +82,8 @@ _FIXED = (
 
 def _loss_unit(task: TaskSpec) -> str:
     # What the sum of the losses is divided by, so that neither padding nor fill can bias it.
+    if isinstance(task, LanguageSpec | TagSpec):
+        return "nats/frame"
     return "nats/row" if isinstance(task, ClassifySpec) else "nats/label frame"
 
 
@@ -94,6 +109,22 @@ def _evaluation(task: TaskSpec) -> tuple[Metric, ...]:
         return (
             Metric(name="accuracy", unit="share", meaning="Share of rows whose class is right.", good=_UP),
             Metric(name="macro_f1", unit="share", meaning="F1 of each class, averaged over the classes.", good=_UP),
+        )
+    if isinstance(task, LanguageSpec):
+        return (
+            Metric(
+                name="perplexity",
+                unit="",
+                meaning="How many symbols, alike likely, would leave it as unsure: exp(loss).",
+                good=_DOWN,
+            ),
+            Metric(name="bits_per_symbol", unit="bits", meaning="The loss in bits a predicted symbol.", good=_DOWN),
+            Metric(name="accuracy", unit="share", meaning="Share of next symbols that were the likeliest.", good=_UP),
+        )
+    if isinstance(task, TagSpec):
+        return (
+            Metric(name="accuracy", unit="share", meaning="Share of labelled frames whose label is right.", good=_UP),
+            Metric(name="macro_f1", unit="share", meaning="F1 of each label, averaged over the labels.", good=_UP),
         )
     raise InternalError(f"catalogue: got task {type(task).__name__}, expected one with known metrics")
 

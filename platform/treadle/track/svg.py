@@ -185,7 +185,7 @@ class _Frame:
         for mark in marks:
             x = self.x(mark)
             parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{self.bottom}" y2="{self.bottom + 4}"/>')
-            shown = text(_tick_text(mark, step=step, largest=marks[-1]))
+            shown = text(_tick_text(mark, step=step, largest=max(abs(marks[0]), abs(marks[-1]))))
             parts.append(f'<text class="tick mid" x="{x:.1f}" y="{self.bottom + 16}">{shown}</text>')
         parts.append(f'<text class="unit end" x="{self.right}" y="{self.height - 6}">{text(label)}</text>')
         return parts

@@ -115,7 +115,7 @@ class WandbSink:
         self._put(("log", update, dict(metrics)))
 
     def event(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Queue one event: a point `events/<name>`, and an alert where people should look."""
+        """Queue one event: a point `events/<name>`, and an alert where people should look (`level` "alert", errors)."""
         self._put(("event", name, dict(facts)))
 
     def close(self, outcome: str) -> None:
@@ -298,7 +298,7 @@ class WandbSink:
             run.log({"trainer/update": key, **values})
             return
         run.log({"trainer/update": self._update, f"events/{key}": 1})
-        if key in _ALERTS:
+        if key in _ALERTS or values.get("level") == "alert":
             text = ", ".join(f"{name}: {value}" for name, value in values.items())
             run.alert(title=f"{self._told.job}: {key}", text=text or key)
 

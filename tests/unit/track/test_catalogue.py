@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from treadle.errors import InternalError
-from treadle.spec import ClassifySpec, CtcSpec, TaskSpec
+from treadle.spec import ClassifySpec, CtcSpec, LanguageSpec, TagSpec, TaskSpec
 from treadle.track import Direction, catalogue, evaluation_names, headline_name
 
-TASKS = [CtcSpec(), CtcSpec(label_name="phone", sequence_name="word"), ClassifySpec()]
+TASKS = [CtcSpec(), CtcSpec(label_name="phone", sequence_name="word"), ClassifySpec(), LanguageSpec(), TagSpec()]
+NAMES = ["ctc", "named ctc", "classify", "language", "tag"]
 
 
-@pytest.mark.parametrize("task", TASKS, ids=["ctc", "named ctc", "classify"])
+@pytest.mark.parametrize("task", TASKS, ids=NAMES)
 def test_every_evaluation_name_is_there_for_both_splits(task: TaskSpec) -> None:
     known = catalogue(task)
     for name in evaluation_names(task):
@@ -24,11 +25,11 @@ def test_every_evaluation_name_is_there_for_both_splits(task: TaskSpec) -> None:
     assert headline_name(task) != "loss"
 
 
-@pytest.mark.parametrize("task", TASKS, ids=["ctc", "named ctc", "classify"])
+@pytest.mark.parametrize("task", TASKS, ids=NAMES)
 def test_entries_are_well_formed_and_few(task: TaskSpec) -> None:
     known = catalogue(task)
-    assert 15 <= len(known) <= 24
-    groups = {"trainer", "train", "perf", "data", "val", "test", "ckpt"}
+    assert 15 <= len(known) <= 28
+    groups = {"trainer", "train", "guard", "perf", "data", "val", "test", "ckpt"}
     for name, metric in known.items():
         assert name == metric.name
         assert metric.group in groups
@@ -46,6 +47,8 @@ def test_ctc_names_come_from_the_task() -> None:
 def test_losses_say_what_they_are_divided_by() -> None:
     assert {catalogue(CtcSpec())[name].unit for name in ("train/loss", "val/loss")} == {"nats/label frame"}
     assert {catalogue(ClassifySpec())[name].unit for name in ("train/loss", "test/loss")} == {"nats/row"}
+    for task in (LanguageSpec(), TagSpec()):
+        assert {catalogue(task)[name].unit for name in ("train/loss", "test/loss")} == {"nats/frame"}
 
 
 def test_a_task_without_metrics_is_a_bug() -> None:
@@ -59,7 +62,7 @@ def test_a_task_without_metrics_is_a_bug() -> None:
 
 def test_the_loop_and_the_catalogue_name_the_same_numbers(root: Path) -> None:
     """What train/ logs by a literal name is known, and no known name is never logged."""
-    pattern = r'"((?:trainer|train|perf|data|ckpt)/\w+)"'
+    pattern = r'"((?:trainer|train|guard|perf|data|ckpt)/\w+)"'
     logged = {
         name
         for file in (root / "platform/treadle/train").glob("*.py")

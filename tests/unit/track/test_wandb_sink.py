@@ -84,6 +84,8 @@ def test_without_a_key_everything_is_kept_offline(tmp_path: Path) -> None:
         sink.log(update, {"train/loss": 1.0 / (1 + update), "val/phone_error_rate": 0.5})
         costs.append(time.perf_counter() - start)
     sink.event("restart", {"reason": "worker lost"})
+    sink.event("skipped", {"update": 6, "level": "warning"})
+    sink.event("rolled_back", {"update": 7, "level": "alert"})
     sink.event("checkpoint", {"update": 7})
     sink.close("preempted")
     sink.close("preempted")
@@ -93,10 +95,10 @@ def test_without_a_key_everything_is_kept_offline(tmp_path: Path) -> None:
     assert notice == [f"W&B: no API key -> logging offline to {folder}; upload with 'wandb sync {folder}'"]
     records = inspect(folder)
     rows = history(records)
-    assert [row["trainer/update"] for row in rows] == [*range(200), 199, 199]
+    assert [row["trainer/update"] for row in rows] == [*range(200), 199, 199, 199, 199]
     assert rows[3] == {"trainer/update": 3, "train/loss": 0.25, "val/phone_error_rate": 0.5}
     assert rows[-1] == {"trainer/update": 199, "events/checkpoint": 1}
-    assert [alert["title"] for alert in records["alert"]] == ["g2p: restart"]
+    assert [alert["title"] for alert in records["alert"]] == ["g2p: restart", "g2p: rolled_back"]
     assert [record["exit_code"] for record in records["exit"]] == [143]
     (run,) = {json.dumps(run, sort_keys=True) for run in records["run"]}
     assert all(word in run for word in ("mingru", "hidden_size", '"g2p-1"', '"test"'))
