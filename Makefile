@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Processes that share the tests: what starts Ray clusters runs in one of them.
 WORKERS ?= 2
 
-.PHONY: setup demo test check format bench bench-cells bench-choose bench-data gpu jobs constraints clean
+.PHONY: setup demo test faults soak check format bench bench-cells bench-choose bench-data bench-recovery gpu jobs constraints clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Every fault of the matrix in full, and its table; half an hour. FAULTS=fast: what `make test` runs of it.
+FAULTS ?= full
+faults: setup
+	$(BIN)/python -m pytest tests/faults --faults=$(FAULTS) --matrix -p no:randomly
+
+# A run of two ranks under a random fault every 20 s, beside one that is left alone; half an hour.
+soak: setup
+	$(BIN)/python tests/faults/soak.py
 
 check: setup
 	$(BIN)/ruff format --check
@@ -64,6 +73,16 @@ bench-data: setup
 	$(BIN)/python tests/bench/data_planning.py
 	$(BIN)/python tests/bench/data_loading_peers.py
 	$(BIN)/python tests/bench/data_training.py
+
+# Lost processes beside plain Ray Train and torchft, what a checkpoint costs a step, and what one rank and two do; half an hour.
+bench-recovery: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/torchft torchft==0.2.0
+	$(BIN)/python tests/bench/recovery.py --torchft build/torchft
+	$(BIN)/python tests/bench/checkpoints.py
+	$(BIN)/python tests/bench/overhead.py
+	$(BIN)/python tests/bench/ranks.py
+	$(BIN)/python tests/bench/updater.py
+	$(BIN)/python tests/bench/sweep.py
 
 # On a machine with a CUDA device.
 gpu: setup
