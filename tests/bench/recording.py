@@ -16,13 +16,17 @@ __all__ = ["record"]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def record(name: str, title: str, command: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a Markdown table and write it to results/<name>.md."""
+def record(
+    name: str, title: str, command: str, headers: Sequence[str], rows: Sequence[Sequence[object]], *, keep: bool = True
+) -> None:
+    """Print a Markdown table and, unless it is not to be kept, write it to results/<name>.md."""
     line = "| " + " | ".join(headers) + " |"
     rule = "| " + " | ".join("---" for _ in headers) + " |"
     body = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     text = "\n".join([f"# {title}", "", f"`{command}`, {_machine()}", "", line, rule, *body, ""])
     print(text)
+    if not keep:
+        return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
 
