@@ -17,6 +17,7 @@ from treadle.store import RequestKind, Runs
 
 __all__ = ["train_on_ray"]
 
+LOOK_FOR_ROOM_S = 10.0  # between two looks for machines that an elastic run could have too; Ray's own 60 s waste them
 HOLD_AGAIN = 3  # times that a dead controller of Ray's is replaced
 # Ray's own defaults poll every 2 s, change the folder under the job, and hang 30 s at the end.
 _ENVIRONMENT = {
@@ -109,7 +110,10 @@ def _trainer(lead: Lead, controller: Controller, scratch: str, begun: int, *, is
         _keep_rank,
         train_loop_config=lead.orders(controller),
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+            num_workers=workers,
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=LOOK_FOR_ROOM_S,
         ),
         run_config=RunConfig(
             # A fresh name each time: a torn snapshot of Ray's own must not stand in the way.

@@ -628,7 +628,7 @@ class GuardSpec:
 
     spike: Annotated[float, Gt(1)] | None = 50.0
     """An update whose gradient norm is above this many times the running mean of the accepted ones (a geometric mean)
-    is skipped; null: only those that are not finite."""
+    is skipped, unless the norms have long spread so wide by themselves; null: only those that are not finite."""
     warmup_updates: Annotated[int, Ge(1)] = 100
     """Accepted updates before spikes are judged, and length of the running mean."""
     roll_back_after: Annotated[int, Ge(1)] = 3

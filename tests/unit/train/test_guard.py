@@ -59,10 +59,10 @@ def test_the_mean_is_the_geometric_one_of_what_was_accepted(seen):
 
 def test_nothing_is_a_spike_before_there_is_a_mean():
     spec = GuardSpec(spike=2.0, warmup_updates=3)
-    _, verdicts = run(spec, [1.0, 1e6, 1.0, 1e6])
+    _, verdicts = run(spec, [1.0, 2.0, 1.0, 1e6])
     assert [v.reason for v in verdicts] == ["", "", "", "spike"]
     assert verdicts[2].limit == LARGEST
-    assert verdicts[3].limit == pytest.approx(2 * 100.0, rel=1e-6)  # the geometric mean of 1, 1e6 and 1
+    assert verdicts[3].limit == pytest.approx(2 * 2 ** (1 / 3), rel=1e-6)  # the geometric mean of 1, 2 and 1
     state, verdicts = run(spec, [1.0, math.nan, math.inf, 1.0, 1e9])
     assert [v.reason for v in verdicts] == ["", "not finite", "not finite", "", ""]  # two accepted are not three
     assert state.accepted == 3
@@ -75,6 +75,18 @@ def test_a_spike_is_measured_against_the_mean_and_does_not_enter_it():
     assert (state.skipped, state.streak, state.accepted) == (2, 0, 21)
     assert {v.limit for v in verdicts[20:]} == {100.0}
     assert run(spec, [2.0] * 20 + [100.0])[1][-1].reason == ""
+
+
+def test_wide_apart_by_habit_is_no_spike():
+    rng = np.random.default_rng(0)
+    wide = np.exp(rng.normal(-9.0, 3.0, 2000))  # of a model that has nearly learned its rows: 1 of 10 is above 50 times
+    assert np.mean(wide > 50 * np.exp(-9.0)) > 0.08
+    _, verdicts = run(GuardSpec(), wide)
+    assert sum(v.is_fault for v in verdicts[400:]) <= 2
+    narrow = np.exp(rng.normal(-1.0, 0.4, 2000))
+    narrow[[500, 900, 901, 1500]] *= 200.0
+    _, verdicts = run(GuardSpec(), narrow)
+    assert [n for n, v in enumerate(verdicts) if v.is_fault] == [500, 900, 901, 1500]
 
 
 def test_without_spike_only_what_is_not_finite_is_refused():
