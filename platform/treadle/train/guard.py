@@ -66,7 +66,8 @@ def norm_limit(spec: GuardSpec, state: GuardState) -> float:
     """The largest gradient norm that is taken: `spike` times the mean, once there are enough to have one.
 
     Norms of a model that has nearly learned its rows lie far apart, and the largest have most to say: where they have
-    spread so wide by themselves, the limit is further away. A value that fp32 holds exactly: the device and the host compare with the same number.
+    spread so wide by themselves, the limit is further away. A value that fp32 holds exactly: the device and the host
+    compare with the same number.
     """
     if spec.spike is None or state.accepted < spec.warmup_updates:
         return LARGEST
