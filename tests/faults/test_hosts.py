@@ -17,7 +17,7 @@ from treadle.launch.reconcile import LOST_S, find_lost
 from treadle.spec import ClusterSpec, TrainSpec
 
 pytestmark = [pytest.mark.full, pytest.mark.ray]
-SPEC = toy(cluster=ClusterSpec(workers=2, max_failures=0), train=TrainSpec(epochs=200, seed=3, log_every="0s"))
+SPEC = toy(cluster=ClusterSpec(workers=2, max_failures=0), train=TrainSpec(epochs=400, seed=3, log_every="0s"))
 
 
 @pytest.fixture(scope="module")
