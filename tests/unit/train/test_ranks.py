@@ -48,7 +48,8 @@ def rows_of_updates(ranks):
 def place(rank):
     """Where a run ended, without numbers that the order of additions changes in their last digits."""
     state = copy.deepcopy(rank["trajectory"]["state"])
-    del state["updater"]["guard"]["log_mean"], state["watch"]["best"]
+    guard = state["updater"]["guard"]
+    del guard["log_mean"], guard["log_variance"], state["watch"]["best"]
     return state
 
 
