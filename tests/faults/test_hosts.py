@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -103,7 +104,8 @@ def test_a_lost_driver_is_found(tmp_path, matrix) -> None:
         run.start()
         run.reach(5)
         for one in run.die():
-            kill(one.pid)
+            with contextlib.suppress(ProcessLookupError):  # some end with their driver
+                kill(one.pid)
         began = time.monotonic()
         assert list(find_lost(run.runs, [run.run])) == [run.run]
         took_s = time.monotonic() - began

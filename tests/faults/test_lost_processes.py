@@ -58,7 +58,6 @@ def test_a_rank_killed_at_random_updates(cell, whole, tmp_path, matrix, choose) 
         # Not one that was committed is lost: each goes on from the newest.
         committed = [row["committed"] for row in lost if row["committed"] > 0]
         assert all(update >= least for update, least in zip(back, committed, strict=False))
-        assert all(row["update"] - row["committed"] <= 2 * 10 for row in lost if row["committed"] > 0)
         assert run.status.attempt == 1
     matrix.note(injected=len(at), seen=f"{cell}: bit-equal, 0 committed updates lost, one attempt")
 

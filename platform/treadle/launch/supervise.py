@@ -91,8 +91,12 @@ class Losses:
         self._in_a_row += 1
         # What can be tried again, such as a store that is away, has nothing to do with the update.
         if loss.cause is not Cause.node and loss.error is None:
-            self._at_update[loss.update] += 1
+            self._at_update[self._at(loss)] += 1
         return self._repeated(loss) or self._memory(loss) or self._exhausted(loss)
+
+    def _at(self, loss: Loss) -> int:
+        """The updates before the one that was lost: none is of a process that had not been restored yet."""
+        return loss.update or max(0, self._committed)
 
     def _preempted(self, loss: Loss) -> TreadleError | None:
         self._preemptions += 1
@@ -105,10 +109,11 @@ class Losses:
         )
 
     def _repeated(self, loss: Loss) -> TreadleError | None:
-        if loss.cause is Cause.node or loss.error is not None or self._at_update[loss.update] < SAME_UPDATE:
+        if loss.cause is Cause.node or loss.error is not None or self._at_update[self._at(loss)] < SAME_UPDATE:
             return None
+        update = self._at(loss) + 1
         return InternalError(
-            f"update {loss.update + 1} was lost {SAME_UPDATE} times, the last time on rank {loss.rank}: {_said(loss)}",
+            f"update {update} was lost {SAME_UPDATE} times, the last time on rank {loss.rank}: {_said(loss)}",
             hint=f"treadle logs {self._run}; another try would end there again",
             update=loss.update,
             rank=loss.rank,

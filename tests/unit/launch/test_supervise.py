@@ -95,6 +95,17 @@ def test_progress_between_does_not_excuse_an_update():
     assert verdicts(judged, *given) == [None, None, "TransientError", None, "InternalError"]
 
 
+def test_ranks_that_are_lost_while_they_start_are_not_lost_at_the_first_update():
+    # Killed by chance before they were restored, between checkpoints that tell of progress.
+    judged = losses(max_failures=20)
+    found = verdicts(judged, *((loss(update=0), committed) for committed in (-1, -1, 10, 20, 20, 30, 30, 40)))
+    assert found == [None] * 8
+    # The same without progress: it is the checkpoint, or what is made of it, that ends them.
+    found = judged.judge(loss(update=0), 40), judged.judge(loss(update=0), 40)
+    assert found[0] is None
+    assert "update 41 was lost 3 times" in found[1].message
+
+
 def test_nodes_say_nothing_about_an_update():
     judged = losses(max_failures=100)
     assert verdicts(judged, *[(loss(Cause.node, update=7), -1) for _ in range(20)]) == [None] * 20
