@@ -100,9 +100,10 @@ def test_kernel_does_what_the_torch_form_does(recurrence: Recurrence, reverse: b
         pre = torch.randn(num_frames, cell.from_h.out_features)
         y, last = cell._run(pre, state, reading)
         expected, expected_last = cell._run_in_torch(pre, state, reading)
-        # The last bit of a state may tip a rounding over, which is then off by one part in 127 of a weight.
+        # The last bit of a state may tip a rounding over, which is then off by one part in 127 of a weight: how often
+        # hangs on the processor's own tanh and fused sums (none, one or two of these 1,180 values so far).
         torch.testing.assert_close(y, expected, rtol=0, atol=2e-3)
-        assert (y - expected).abs().mean() < 2e-6
+        assert (y - expected).abs().mean() < 1e-5
         for name, part in expected_last.items():
             torch.testing.assert_close(last[name], part, rtol=0, atol=4e-3)
 
