@@ -13,21 +13,17 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
-from treadle.errors import InternalError, PreemptedError, TreadleError
+from treadle.errors import InternalError, TreadleError
+from treadle.launch.attempt import beating, end_of, failed_with, logging_to
 from treadle.launch.lead import Lead
 from treadle.launch.records import Assignment
 from treadle.launch.tracking import Events
-from treadle.store import AttemptEnd, AttemptStatus, Backend, Journal, RequestKind, Runs, open_blobs
-from treadle.track import now_s
+from treadle.store import Backend, Journal, RequestKind, Runs, open_blobs
 
 __all__ = ["drive", "main"]
-
-BEAT_S = 5.0
-_END_OF_LOG = b"\0end of log\0"
 
 
 def drive(store: str, run: str, backend: Backend, *, after: int | None = None) -> int:
@@ -47,16 +43,20 @@ def drive(store: str, run: str, backend: Backend, *, after: int | None = None) -
     assignment = Assignment(store=store, run=run, attempt=attempt, code=record.info.get("code", {}))
     lead = Lead(assignment=assignment, blobs=blobs, events=events)
     log = Journal(blobs, f"runs/{run}/logs.jsonl", writer=f"driver-a{attempt}")
-    with _log(log), closing(events), _heart(runs, lead):
+
+    def beat() -> None:
+        runs.beat(run, attempt, {"pid": os.getpid(), **lead.beat})
+
+    with logging_to(log), closing(events), beating(beat):
         _stop_on_signals(runs, run, attempt)
         try:
-            end = _end(_train(lead, backend))
+            end = end_of(_train(lead, backend))
         except TreadleError as error:
             print(error, file=sys.stderr, flush=True)
-            end = _failed(error)
+            end = failed_with(error)
         except BaseException as error:  # recorded, then exit 70
             traceback.print_exc()
-            end = _failed(InternalError(f"{type(error).__name__}: {error}", hint=f"treadle logs {run}"))
+            end = failed_with(InternalError(f"{type(error).__name__}: {error}", hint=f"treadle logs {run}"))
         finally:
             _ignore_signals()
         runs.end_attempt(run, attempt, end)
@@ -71,21 +71,6 @@ def _train(lead: Lead, backend: Backend) -> dict[str, Any]:
     from treadle.launch.group import train_on_ray
 
     return train_on_ray(lead, is_own_cluster=backend is not Backend.ray)
-
-
-def _end(summary: dict[str, Any]) -> AttemptEnd:
-    status = AttemptStatus(summary["status"])
-    return AttemptEnd(
-        status=status,
-        exit_code=PreemptedError.exit_code if status is AttemptStatus.preempted else 0,
-        update=summary["update"],
-        metrics=summary["metrics"],
-        model_version=summary["model_version"],
-    )
-
-
-def _failed(error: TreadleError) -> AttemptEnd:
-    return AttemptEnd(status=AttemptStatus.failed, exit_code=error.exit_code, error=error.to_json())
 
 
 def _stop_on_signals(runs: Runs, run: str, attempt: int) -> None:
@@ -104,64 +89,6 @@ def _stop_on_signals(runs: Runs, run: str, attempt: int) -> None:
 def _ignore_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _heart(runs: Runs, lead: Lead) -> Iterator[None]:
-    """Beats in the store while the block runs."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        while True:
-            try:
-                runs.beat(lead.assignment.run, lead.assignment.attempt, {"pid": os.getpid(), **lead.beat})
-            except TreadleError as error:
-                print(f"heartbeat: {error.message}", file=sys.stderr)
-            if stop.wait(BEAT_S):
-                return
-
-    thread = threading.Thread(target=beat, name="treadle-heart", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-@contextmanager
-def _log(journal: Journal) -> Iterator[None]:
-    """Everything this process and its children print goes into the store as well as to where it went."""
-    read_end, write_end = os.pipe()
-    kept = os.dup(2)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os.dup2(write_end, 1)
-    os.dup2(write_end, 2)
-    os.close(write_end)
-
-    def copy() -> None:
-        rest = b""
-        while not rest.endswith(_END_OF_LOG):
-            data = os.read(read_end, 1 << 16)
-            *lines, rest = (rest + data).split(b"\n")
-            os.write(kept, data.removesuffix(_END_OF_LOG))
-            for line in lines:
-                journal.append({"time": now_s(), "text": line.decode("utf-8", "replace")})
-
-    thread = threading.Thread(target=copy, name="treadle-log", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os.write(1, _END_OF_LOG)  # children may still hold the pipe open, so its end never comes
-        thread.join(timeout=10)
-        os.dup2(kept, 1)
-        os.dup2(kept, 2)
-        os.close(read_end)
-        journal.close()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from treadle.errors import ConflictError, TransientError
-from treadle.launch.driver import BEAT_S
+from treadle.launch.attempt import BEAT_S
 from treadle.store import AttemptEnd, AttemptStatus, Runs, RunState, RunStatus
 
 __all__ = ["LOST_S", "find_lost", "mark_lost"]

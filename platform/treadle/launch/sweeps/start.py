@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from treadle.errors import ConflictError, InternalError
-from treadle.launch.driver import BEAT_S
+from treadle.launch.attempt import BEAT_S
 from treadle.launch.jobs import RayCluster
 from treadle.launch.sweeps.records import FrozenSweep
 from treadle.store import AttemptEnd, AttemptStatus, Backend, Blobs

@@ -17,10 +17,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from treadle.errors import InternalError, TreadleError
-from treadle.launch.driver import BEAT_S, _failed, _log
+from treadle.launch.attempt import BEAT_S, beating, failed_with, logging_to
 from treadle.launch.sweeps.conductor import Conductor
 from treadle.launch.sweeps.desk import Desk
-from treadle.launch.sweeps.heart import beating
 from treadle.launch.sweeps.page import sweep_page
 from treadle.launch.sweeps.records import FrozenSweep, read_sweep
 from treadle.launch.sweeps.remains import leaving_nothing
@@ -47,15 +46,15 @@ def carry_out(store: str, sweep: str, *, actor: str) -> int:
         record.sweep, record.backend, {"pid": os.getpid(), "host": os.uname().nodename}, after=before
     )
     folder, writer = f"sweeps/{record.sweep}", f"sweeper-a{attempt}"
-    with _log(Journal(blobs, f"{folder}/logs.jsonl", writer=writer)):
+    with logging_to(Journal(blobs, f"{folder}/logs.jsonl", writer=writer)):
         try:
             end = _attempt(blobs, record, attempt, Journal(blobs, f"{folder}/events.jsonl", writer=writer), actor)
         except TreadleError as error:
             print(error, file=sys.stderr, flush=True)
-            end = _failed(error)
+            end = failed_with(error)
         except BaseException as error:  # recorded, then exit 70
             traceback.print_exc()
-            end = _failed(InternalError(f"{type(error).__name__}: {error}", hint=f"treadle sweep --resume {sweep}"))
+            end = failed_with(InternalError(f"{type(error).__name__}: {error}", hint=f"treadle sweep --resume {sweep}"))
         sweeps.end_attempt(record.sweep, attempt, end)
     return end.exit_code
 

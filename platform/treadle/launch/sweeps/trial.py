@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from treadle.errors import ConflictError, InternalError, TreadleError
-from treadle.launch.driver import BEAT_S, _end, _failed, _log
+from treadle.launch.attempt import beating, end_of, failed_with, logging_to
 from treadle.launch.mailbox import POLL_S
 from treadle.launch.records import Assignment, read_job
-from treadle.launch.sweeps.heart import beating
 from treadle.launch.sweeps.results import evaluations_of
 from treadle.launch.worker import train_rank
 from treadle.store import Backend, Blobs, Journal, RequestKind, Runs, RunState, open_blobs, read_journal
@@ -56,19 +55,19 @@ def run_trial(order: TrialOrder, report: Report, *, backend: Backend) -> None:
         return
     attempt = runs.claim_attempt(order.run, backend, {"pid": os.getpid(), "host": os.uname().nodename})
     log = Journal(blobs, f"runs/{order.run}/logs.jsonl", writer=f"trial-a{attempt}")
-    with _log(log), beating(lambda: runs.beat(order.run, attempt, {"pid": os.getpid()}), every_s=BEAT_S):
+    with logging_to(log), beating(lambda: runs.beat(order.run, attempt, {"pid": os.getpid()})):
         try:
             assignment = Assignment(
                 store=order.store, run=order.run, attempt=attempt, code=runs.get(order.run).info.get("code", {})
             )
             watch = Watch(blobs, runs, order, attempt, report)
-            end = _end(train_rank(assignment, _world(runs, order.run), sinks=[watch]))
+            end = end_of(train_rank(assignment, _world(runs, order.run), sinks=[watch]))
         except TreadleError as error:
             print(error, file=sys.stderr, flush=True)
-            end = _failed(error)
+            end = failed_with(error)
         except Exception as error:  # recorded, then the process is free for the next trial
             traceback.print_exc()
-            end = _failed(InternalError(f"{type(error).__name__}: {error}", hint=f"treadle logs {order.run}"))
+            end = failed_with(InternalError(f"{type(error).__name__}: {error}", hint=f"treadle logs {order.run}"))
         with suppress(ConflictError):
             runs.end_attempt(order.run, attempt, end)
 
