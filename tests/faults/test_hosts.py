@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,7 @@ SPEC = toy(cluster=ClusterSpec(workers=2, max_failures=0), train=TrainSpec(epoch
 def whole(tmp_path_factory):
     with trial(tmp_path_factory.mktemp("whole"), SPEC) as run:
         run.start()
-        run.end()
+        run.end(seconds=300)
         yield run
 
 
@@ -66,7 +67,7 @@ def test_a_machine_goes_away(notice_s, whole, tmp_path, matrix) -> None:
         assert run.events("preemption_notice")
         assert not run.events("rank_failed")  # so that nothing is charged: max_failures is 0
         run.resume()
-        run.end()
+        run.end(seconds=300)
         check_exact(run, whole)
     matrix.note(
         injected=1, seen=f"{notice_s} s: left after {took_s:.1f} s with exit 76, {lost} updates lost, bit-equal"
@@ -90,7 +91,7 @@ def test_ray_is_lost(words, whole, tmp_path, matrix) -> None:
         if run.status.end is None:  # Ray ends a process whose cluster is gone, and nobody writes that down
             assert list(find_lost(run.runs, [run.run])) == [run.run]
         run.resume()
-        run.end()
+        run.end(seconds=300)
         check_exact(run, whole)
         assert run.status.attempt == 2
     matrix.note(
@@ -100,7 +101,7 @@ def test_ray_is_lost(words, whole, tmp_path, matrix) -> None:
 
 @pytest.mark.fault(4, "the machine of the driver is gone: no process writes down its end")
 def test_a_lost_driver_is_found(tmp_path, matrix) -> None:
-    with trial(tmp_path, SPEC) as run:
+    with trial(tmp_path, replace(SPEC, train=replace(SPEC.train, epochs=60))) as run:
         run.start()
         run.reach(5)
         for one in run.die():
