@@ -17,7 +17,7 @@ from treadle.spec import AugmentSpec, JobSpec, Parallel, TargetPer
 from treadle.train.task import Task
 from treadle.train.world import World
 
-__all__ = ["Feed", "Micro", "Update"]
+__all__ = ["Feed", "Micro", "Update", "buffers_for", "look_ahead", "when_read"]
 
 _LOOKED_AHEAD = 8
 """Updates whose blocks are asked for before they are needed, where a store is far away."""
@@ -105,7 +105,7 @@ class Feed:
         weights_N = weights.astype(np.float64) if task is None else task.row_weights(weights, labels)
         self._weights = None if (weights_N == 1).all() else (weights_N * self._lengths, weights_N)
         self._repeats = class_repeats(labels, spec.batch)
-        self._buffers = Buffers(_pinned) if world.device.type == "cuda" else Buffers()
+        self._buffers = buffers_for(world.device)
 
     def plan(self, epoch: int) -> EpochPlan:
         """The batches of an epoch over all ranks."""
@@ -124,7 +124,7 @@ class Feed:
         try:
             for update, lease in updates:
                 yield update
-                lease.release(self._when_read())
+                lease.release(when_read(self._world.device))
         finally:
             updates.close()  # type: ignore[attr-defined]  a generator
 
@@ -244,24 +244,43 @@ class Feed:
         return weighted_frames, weighted_rows
 
     def _look_ahead(self, plan: EpochPlan, update: int) -> int:
-        """Ask for the blocks of the next updates, as far as is worth it; gives the first that was not asked for."""
-        last = min(update + _LOOKED_AHEAD, plan.num_updates)
-        while self._reader.is_far and update < last:
-            rows = [plan.lane_rows(*place) for place in self._places(plan, update)]
-            update += 1
-            if rows and not self._reader.expect(self._rows[np.concatenate(rows)]):
-                break
-        return update
+        """Ask for the blocks of the next updates; gives the first that was not asked for."""
 
-    def _when_read(self) -> Callable[[], Any] | None:
-        """Waits until the device has read the batches of the update that was just made."""
-        if self._world.device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event.synchronize
+        def rows(update: int) -> NDArray[np.int64]:
+            found = [plan.lane_rows(*place) for place in self._places(plan, update)]
+            return self._rows[np.concatenate(found)] if found else self._rows[:0]
+
+        return look_ahead(self._reader, rows, update, plan.num_updates)
+
+
+def look_ahead(reader: RowReader, rows_of: Callable[[int], NDArray[np.int64]], update: int, num_updates: int) -> int:
+    """Ask for the blocks of the updates from `update` on, as far as is worth it; gives the first not asked for.
+
+    Args:
+        rows_of: the rows of the data set that this rank reads for an update.
+    """
+    last = min(update + _LOOKED_AHEAD, num_updates)
+    while reader.is_far and update < last:
+        rows = rows_of(update)
+        update += 1
+        if len(rows) and not reader.expect(rows):
+            break
+    return update
+
+
+def buffers_for(device: torch.device) -> Buffers:
+    """Memory that batches are laid out in, such that `device` reads it while the host goes on."""
+    return Buffers(_pinned) if device.type == "cuda" else Buffers()
+
+
+def when_read(device: torch.device) -> Callable[[], Any] | None:
+    """Waits until `device` has read the batches of the update that was just made; None where it has already."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
 
 
 def _pinned(num_bytes: int) -> NDArray[np.uint8]:
-    """Page-locked memory, which a GPU reads while the host goes on."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()

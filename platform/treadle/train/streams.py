@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from treadle.data import Batch, Buffers, Form, Lease, Manifest, RowReader, ahead, read_pieces
+from treadle.data import Batch, Form, Lease, Manifest, RowReader, ahead, read_pieces
 from treadle.plan import StreamPlan, streams_of, trainable_rows
 from treadle.spec import JobSpec
 from treadle.train.carry import StreamMicro
-from treadle.train.feed import Update
+from treadle.train.feed import Update, buffers_for, look_ahead, when_read
 from treadle.train.world import World
 
 __all__ = ["StreamFeed"]
-
-_LOOKED_AHEAD = 8
-"""Updates whose blocks are asked for before they are needed, where a store is far away."""
 
 
 class StreamFeed:
@@ -41,7 +37,7 @@ class StreamFeed:
         trained = trainable_rows(card, spec.task)
         self._rows: NDArray[np.int64] = manifest.rows_of("train")[trained]
         self._lengths: NDArray[np.int64] = card.lengths_N[trained]
-        self._buffers = Buffers(_pinned) if world.device.type == "cuda" else Buffers()
+        self._buffers = buffers_for(world.device)
 
     def plan(self, epoch: int) -> StreamPlan:
         """The streams of an epoch over all ranks."""
@@ -54,7 +50,7 @@ class StreamFeed:
         try:
             for update, lease in updates:
                 yield update
-                lease.release(self._when_read())
+                lease.release(when_read(self._world.device))
         finally:
             updates.close()  # type: ignore[attr-defined]  a generator
 
@@ -119,24 +115,9 @@ class StreamFeed:
         return range(self._world.rank, self._lanes, self._world.size)
 
     def _look_ahead(self, plan: StreamPlan, update: int) -> int:
-        """Ask for the blocks of the next updates, as far as is worth it; gives the first that was not asked for."""
-        last = min(update + _LOOKED_AHEAD, plan.num_updates)
-        while self._reader.is_far and update < last:
-            rows = np.concatenate([plan.pieces(update, lane).rows_P for lane in self._own_lanes])
-            update += 1
-            if len(rows) and not self._reader.expect(self._rows[rows]):
-                break
-        return update
+        """Ask for the blocks of the next updates; gives the first that was not asked for."""
 
-    def _when_read(self) -> Callable[[], Any] | None:
-        """Waits until the device has read the batches of the update that was just made."""
-        if self._world.device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event.synchronize
+        def rows(update: int) -> NDArray[np.int64]:
+            return self._rows[np.concatenate([plan.pieces(update, lane).rows_P for lane in self._own_lanes])]
 
-
-def _pinned(num_bytes: int) -> NDArray[np.uint8]:
-    """Page-locked memory, which a GPU reads while the host goes on."""
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return look_ahead(self._reader, rows, update, plan.num_updates)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,17 +11,9 @@ SCRIPT = Path(__file__).with_name("budget_ranks.py")
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(tmp_path_factory, run_ranks):
     folder = tmp_path_factory.mktemp("budget")
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), str(folder)],
-        env=os.environ | threads,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(SCRIPT, folder)
     return json.loads((folder / "seen.json").read_text())
 
 

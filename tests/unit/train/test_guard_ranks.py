@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +14,10 @@ PARTS = [f"{model}-{optim}" for model, optim in PAIRS]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(tmp_path_factory, run_ranks):
     """What each rank saw, by scene."""
     folder = tmp_path_factory.mktemp("guard")
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), str(folder)],
-        env=os.environ | threads,
-        capture_output=True,
-        text=True,
-        timeout=115,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(SCRIPT, folder)
     return [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(SIZE)]
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,18 +13,10 @@ pytestmark = pytest.mark.timeout(115)
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(tmp_path_factory, run_ranks):
     """What each rank saw: by size, then scene, then rank."""
     folder = tmp_path_factory.mktemp("level")
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), str(folder)],
-        env=os.environ | threads,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(SCRIPT, folder)
     found = {}
     for size in SIZES:
         ranks = [json.loads(path.read_text()) for path in sorted(folder.glob(f"seen-{size}-*.json"))]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +14,10 @@ SCRIPT = Path(__file__).with_name("train_ranks.py")
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(tmp_path_factory, run_ranks):
     """What each rank of each world saw: seen[size][rank][scene], and the folder with the weights."""
     folder = tmp_path_factory.mktemp("ranks")
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), str(folder)],
-        env=os.environ | threads,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(SCRIPT, folder)
     worlds = {
         size: [json.loads((folder / f"seen-{size}-{rank}.json").read_text()) for rank in range(size)] for size in SIZES
     }

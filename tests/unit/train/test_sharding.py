@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,15 +16,7 @@ MODELS = ("lstm", "gru", "rnn", "mingru", "minlstm", "hybrid", "language", "reco
 pytestmark = pytest.mark.timeout(240)
 
 
-def run_scene(folder: Path, scene: str, sizes: tuple[int, ...]) -> dict[int, list[dict]]:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), str(folder), scene],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=220,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def seen_in(folder: Path, scene: str, sizes: tuple[int, ...]) -> dict[int, list[dict]]:
     return {
         size: [json.loads((folder / f"seen-{size}-{rank}.json").read_text())[scene] for rank in range(size)]
         for size in sizes
@@ -35,13 +24,17 @@ def run_scene(folder: Path, scene: str, sizes: tuple[int, ...]) -> dict[int, lis
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    return run_scene(tmp_path_factory.mktemp("sharded"), "sharded", (2,))[2]
+def sharded(tmp_path_factory, run_ranks):
+    folder = tmp_path_factory.mktemp("sharded")
+    run_ranks(SCRIPT, folder, "sharded", timeout_s=220)
+    return seen_in(folder, "sharded", (2,))[2]
 
 
 @pytest.fixture(scope="module")
-def resharded(tmp_path_factory):
-    return run_scene(tmp_path_factory.mktemp("resharded"), "resharded", (2, 3))
+def resharded(tmp_path_factory, run_ranks):
+    folder = tmp_path_factory.mktemp("resharded")
+    run_ranks(SCRIPT, folder, "resharded", timeout_s=220)
+    return seen_in(folder, "resharded", (2, 3))
 
 
 @pytest.mark.slow

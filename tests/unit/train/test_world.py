@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,17 +25,10 @@ TOKENS = Signature(input_kind=InputKind.tokens, input_size=20, num_labels=3, max
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(tmp_path_factory, run_ranks):
     """What the two ranks saw that were left over, seen[scene][rank]."""
     folder = tmp_path_factory.mktemp("lost")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(SCRIPT, folder)
     return {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in SCENES}
 
 
