@@ -252,5 +252,9 @@ def check_exact(disturbed: Trial, whole: Trial) -> None:
     for name in ("trainer/frames_seen", "train/lr", "val/letter_error_rate"):
         theirs = dict(zip(wanted.series[name].updates, wanted.series[name].values, strict=True))
         ours = dict(zip(seen.series[name].updates, seen.series[name].values, strict=True))
-        assert {u: theirs[u] for u in ours} == ours, name
+        both = ours.keys() & theirs.keys()  # rows that are logged by the clock fall on other updates in each run
+        assert both, name
+        assert {u: theirs[u] for u in both} == {u: ours[u] for u in both}, name
+        if disturbed.spec.train.log_every == "0s":
+            assert both == theirs.keys(), name
     assert disturbed.versions() == 1
