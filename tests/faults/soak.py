@@ -110,7 +110,7 @@ def disturb(run: Trial, every_s: float, rng: random.Random) -> tuple[Counter[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=5500, help="half an hour on two cores")
+    parser.add_argument("--epochs", type=int, default=6600, help="half an hour on two cores")
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two faults")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
